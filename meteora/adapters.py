@@ -1,0 +1,201 @@
+"""Off-the-shelf LoRA adapters: unmodified PEFT directories, read, checked and refused by name where they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+# Options of PEFT's LoraConfig under which an adapter is more, or other, than B A x: adding its A and B alone would be
+# silently wrong.
+_UNSUPPORTED_OPTIONS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# These initialisations subtract from the base weights at the start of training, so the adapter fits only a changed base.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be used, or does not fit; the message names the adapter and the mend."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One adapter's update of one linear layer: ``scaling * B @ A``, A (r, in), B (out, r)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter: its name, where it lies, the sha256 of its weights, and ``modules``: dotted name -> weights."""
+
+    name: str
+    source: str
+    directory: Path
+    sha256: str
+    base_model: str | None
+    modules: dict[str, LoraWeights]
+
+
+def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, str]:
+    """Name -> directory or hub id, from such a mapping or from one folder that holds PEFT directories.
+
+    Raises:
+        AdapterError: if there is none, or a name is empty.
+    """
+    if isinstance(adapters, (str, Path)):
+        folder = Path(adapters)
+        if not folder.is_dir():
+            raise AdapterError(f"{folder} is not a folder; give a folder of PEFT directories, or a dict name -> path.")
+        found = {unquote(p.parent.name): str(p.parent) for p in sorted(folder.glob(f"*/{CONFIG_FILE}"))}
+        if not found:
+            raise AdapterError(f"{folder} holds no PEFT directory (none of its folders has an {CONFIG_FILE}).")
+        return found
+    if not adapters:
+        raise AdapterError("no adapters given; a mixture needs at least one.")
+    for name in adapters:
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}.")
+    return {name: str(source) for name, source in adapters.items()}
+
+
+def adapter_directory(folder: str | Path, name: str) -> Path:
+    """Where in ``folder`` the adapter ``name`` lies: its name, percent-encoded where a file name may not hold it."""
+    encoded = quote(name, safe=" ")
+    return Path(folder) / ("%2E" + encoded[1:] if encoded.startswith(".") else encoded)
+
+
+def load_adapter(name: str, source: str | Path) -> Adapter:
+    """Read the PEFT LoRA adapter in directory (or hub repository) ``source``.
+
+    Raises:
+        AdapterError: if it is missing, unreadable, not a plain LoRA, or holds NaN or infinite weights.
+    """
+    directory = _locate(name, str(source))
+    config = _read_config(name, directory)
+    weights = directory / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise AdapterError(f"adapter {name!r}: {weights} is corrupt ({error}); copy or download it again.") from error
+    return Adapter(
+        name=name,
+        source=str(source),
+        directory=directory,
+        sha256=file_sha256(weights),
+        base_model=config.get("base_model_name_or_path") or None,
+        modules=_read_modules(name, config, tensors),
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _locate(name: str, source: str) -> Path:
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        except HFValidationError as error:
+            raise AdapterError(f"adapter {name!r}: there is no directory {source}, and it is no hub id either.") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise AdapterError(
+                f"adapter {name!r}: there is no directory {source}, and the hub did not give it "
+                f"({type(error).__name__}); check the path, the id or the network."
+            ) from error
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / file).is_file():
+            raise AdapterError(
+                f"adapter {name!r}: {directory} has no {file}; it must be what PEFT's save_pretrained writes "
+                "(pickled .bin weights are not read: save them again as safetensors)."
+            )
+    return directory
+
+
+def _read_config(name: str, directory: Path) -> dict:
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"adapter {name!r}: {directory / CONFIG_FILE} is not valid JSON ({error}).") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"adapter {name!r} is of type {config.get('peft_type')!r}; only LORA adapters can be mixed.")
+    for option in _UNSUPPORTED_OPTIONS:
+        if config.get(option):
+            raise AdapterError(f"adapter {name!r} uses {option}={config[option]!r}, which a mixture of LoRAs cannot add.")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"adapter {name!r} uses bias={config['bias']!r}; only bias='none' can be mixed.")
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"adapter {name!r} was initialised by {init!r}, which changes the base model; convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) first."
+        )
+    return config
+
+
+def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, LoraWeights]:
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, half = key.removesuffix(".weight").rpartition(".")
+        if half not in ("lora_A", "lora_B"):
+            raise AdapterError(f"adapter {name!r} holds {key!r}; only lora_A and lora_B of linear layers can be mixed.")
+        halves.setdefault(module.removeprefix(PEFT_PREFIX), {})[half] = tensor
+    if not halves:
+        raise AdapterError(f"adapter {name!r} holds no weights.")
+    modules = {}
+    for module, pair in halves.items():
+        if len(pair) != 2:
+            raise AdapterError(f"adapter {name!r}: module {module!r} has only {next(iter(pair))}; A and B are needed.")
+        A, B = pair["lora_A"], pair["lora_B"]
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise AdapterError(
+                f"adapter {name!r}: module {module!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
+                "expected (r, in) and (out, r)."
+            )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise AdapterError(f"adapter {name!r}: module {module!r} holds NaN or infinite weights.")
+        modules[module] = LoraWeights(A, B, _scaling(config, module, A.shape[0]))
+    return modules
+
+
+def _scaling(config: dict, module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, with PEFT's per-module alpha pattern."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

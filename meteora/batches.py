@@ -1,0 +1,111 @@
+"""Examples to padded batches: encoded once, drawn evenly over the tasks, packed by length. All of it is seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded example: ``ids`` is prompt, response and end-of-text; the first ``prompt_length`` are the prompt."""
+
+    ids: list[int]
+    prompt_length: int
+    task: int
+
+    @property
+    def response_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded tensors (B, S) of some samples, and the task of each row.
+
+    ``labels`` is -100 at the prompt and the padding. Padding is told from text by length, never by the pad id: in many
+    tokenizers pad and end-of-text are one id, and the end must be learned.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    tasks: list[int]
+
+
+def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_length: int) -> list[Sample]:
+    """Encode rows {prompt, response, task}; a long prompt loses its beginning, so that the response stays.
+
+    Raises:
+        ValueError: for a row without one of the three keys, or whose task is not in ``task_ids``.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
+    samples = []
+    for n, row in enumerate(rows):
+        missing = {"prompt", "response", "task"} - set(row)
+        if missing:
+            raise ValueError(f"row {n} of the dataset has no {sorted(missing)[0]!r}; each needs prompt, response, task.")
+        if row["task"] not in task_ids:
+            known = ", ".join(map(repr, task_ids))
+            raise ValueError(f"row {n} of the dataset is of task {row['task']!r}, for which there is no adapter ({known}).")
+        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        response = response[-max_length + 1 :]
+        prompt = tokenizer(row["prompt"])["input_ids"][-(max_length - len(response)) :]
+        samples.append(Sample(prompt + response, len(prompt), task_ids[row["task"]]))
+    if not samples:
+        raise ValueError("the dataset is empty; give at least one row.")
+    return samples
+
+
+def by_task(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
+    """Task -> its samples, in order."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.task, []).append(sample)
+    return dict(sorted(groups.items()))
+
+
+def balanced_steps(groups: Mapping[int, Sequence[Sample]], per_task: int, steps: int, seed: int) -> Iterator[list[Sample]]:
+    """Yield ``steps`` lists with ``per_task`` samples of every task; each task goes round in its own shuffled order."""
+    streams = [_shuffled_forever(samples, seed * 100_003 + task) for task, samples in groups.items()]
+    for _ in range(steps):
+        yield [next(stream) for stream in streams for _ in range(per_task)]
+
+
+def _shuffled_forever(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for n in torch.randperm(len(samples), generator=generator).tolist():
+            yield samples[n]
+
+
+def micro_batches(samples: Sequence[Sample], max_tokens: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    """Cut samples, sorted by length, into batches of at most ``max_tokens`` padded tokens (or one sample)."""
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda s: len(s.ids)):
+        if group and len(sample.ids) * (len(group) + 1) > max_tokens:
+            yield collate(group, pad_id, device)
+            group = []
+        group.append(sample)
+    if group:
+        yield collate(group, pad_id, device)
+
+
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:
+    """Pad on the right: with padding on the left, fully masked attention rows give NaN in training."""
+    shape = (len(samples), max(len(s.ids) for s in samples))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE)
+    for row, sample in enumerate(samples):
+        end = len(sample.ids)
+        input_ids[row, :end] = torch.tensor(sample.ids)
+        attention_mask[row, :end] = 1
+        labels[row, sample.prompt_length : end] = input_ids[row, sample.prompt_length : end]
+    return Batch(input_ids.to(device), attention_mask.to(device), labels.to(device), [s.task for s in samples])

@@ -1,0 +1,156 @@
+"""What can be set: how a model mixes its adapters, and how gates and adapters are trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BACKENDS = ("auto", "loop", "bmm", "dense", "triton")
+OBJECTIVES = ("joint", "gate")
+
+
+def check_temperature(temperature: float) -> float:
+    """Return ``temperature`` as a float, or raise ``ValueError``: a softmax needs a positive, finite one."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise ValueError(f"temperature must be a number, not {temperature!r}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, not {temperature!r}.")
+    return float(temperature)
+
+
+def check_top_k(top_k: int, num_adapters: int) -> int:
+    """Return ``top_k``, or raise ``ValueError`` unless it is a whole number in 1..``num_adapters``."""
+    _check_count("top_k", top_k)
+    if top_k > num_adapters:
+        raise ValueError(f"top_k={top_k} is more than the {num_adapters} adapters there are; choose 1..{num_adapters}.")
+    return top_k
+
+
+def check_backend(backend: str) -> str:
+    """Return ``backend``, or raise ``ValueError`` naming the backends there are."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    return backend
+
+
+def _check_count(name: str, value: int, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}.")
+
+
+def _check_rate(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number in [{low}, {high}], not {value!r}.")
+
+
+@dataclass
+class MeteoraConfig:
+    """How the gates choose and mix (paper, section 3).
+
+    Args:
+        top_k: adapters mixed per token and layer; ``None`` means min(2, number of adapters).
+        temperature: divides the chosen logits before their softmax; 1 alone, 15/20/30 for composite-3/5/10 in the paper.
+        backend: ``loop``, ``bmm``, ``dense``, ``triton``, or ``auto`` for the fastest there is on the device.
+    """
+
+    top_k: int | None = None
+    temperature: float = 1.0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k)
+        self.temperature = check_temperature(self.temperature)
+        check_backend(self.backend)
+
+
+@dataclass
+class TrainingConfig:
+    """What training gates and training adapters have in common.
+
+    Args:
+        epochs: passes over the data, unless ``max_steps`` says otherwise.
+        max_steps: optimiser steps; overrides ``epochs``.
+        samples_per_step: samples of *each* task in one optimiser step, so that every step is balanced.
+        tokens_per_batch: the padded tokens that one forward pass may hold; a step is cut into as many micro-batches as
+            that needs. Changes memory and speed, not the result.
+        max_length: tokens; longer samples lose the *beginning* of their prompt, never the response.
+        learning_rate: peak, reached after ``warmup`` (a share of the steps), then a cosine to zero.
+        max_grad_norm: clips the gradient's norm (each adapter's own when adapters are trained).
+        seed: of the shuffling and of the fresh weights.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    samples_per_step: int = 4
+    tokens_per_batch: int = 2048
+    max_length: int = 1024
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_rate("epochs", self.epochs)
+        if self.max_steps is not None:
+            _check_count("max_steps", self.max_steps)
+        for name in ("samples_per_step", "tokens_per_batch", "max_length"):
+            _check_count(name, getattr(self, name))
+        _check_count("seed", self.seed, minimum=0)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            _check_rate(name, getattr(self, name))
+        _check_rate("warmup", self.warmup, high=1.0)
+
+
+@dataclass
+class GateTrainingConfig(TrainingConfig):
+    """How the gates are trained; base model and adapters stay frozen.
+
+    Args:
+        objective: ``joint`` minimises L_LM + beta * L_gate through the whole model (the paper's); ``gate`` minimises
+            every gate's own cross-entropy on detached inputs: no backward pass through the base model, and memory of
+            a forward pass.
+        beta: weight of the gate cross-entropy in ``joint``. The authors' code ends at 50.
+        gradient_checkpointing: recompute activations in ``joint``'s backward pass; has no effect on ``gate``.
+    """
+
+    objective: str = "joint"
+    beta: float = 1.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        _check_rate("beta", self.beta)
+
+
+@dataclass
+class AdapterTrainingConfig(TrainingConfig):
+    """How adapters are trained, all tasks' in one pass over one frozen base model.
+
+    Args:
+        rank, alpha: of every adapter; its update is scaled by alpha / rank.
+        target_modules: the last part of the names of the linear layers to adapt (the paper: all seven of a block).
+        evaluate_every: steps between two evaluations of the validation loss, when validation data is given; every
+            adapter then keeps its own best weights.
+        dtype: of the written adapter files.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    evaluate_every: int = 50
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("rank", self.rank)
+        _check_count("evaluate_every", self.evaluate_every)
+        _check_rate("alpha", self.alpha)
+        if not self.target_modules or isinstance(self.target_modules, str):
+            raise ValueError("target_modules must list at least one linear layer, such as ('q_proj', 'v_proj').")
+        self.target_modules = tuple(self.target_modules)
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}.")

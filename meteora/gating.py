@@ -1,0 +1,48 @@
+"""From gate logits to a routing: which adapters each token uses, and how much of each (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Routing:
+    """The adapters of T tokens: ``indices`` (T, k) int64 and ``weights`` (T, k) float32, best first."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+def gate_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """Logits (..., N) of a gate (N, in) for inputs x (..., in), in float32 whatever their dtype.
+
+    In bf16 rounding would decide between adapters whose logits lie close together.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.float(), gate.float())
+
+
+def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> Routing:
+    """Choose the ``top_k`` largest of ``logits`` (T, N); their weights are a softmax over them divided by T."""
+    values, indices = logits.topk(top_k, dim=-1)
+    return Routing(indices, torch.softmax(values / temperature, dim=-1))
+
+
+def forced(adapters: Tensor) -> Routing:
+    """Every token uses exactly the adapter that ``adapters`` (T,) int64 names: k = 1, weight 1."""
+    indices = adapters.unsqueeze(-1)
+    return Routing(indices, torch.ones(indices.shape, dtype=torch.float32, device=indices.device))
+
+
+def gate_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and number of right choices of one gate over the tokens where ``mask`` (T,) is true.
+
+    Args:
+        logits: (T, N) float32.  labels: (T,) int64, the index of the right adapter.  mask: (T,) bool, false at pads.
+    """
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    correct = (logits.detach().argmax(-1) == labels) & mask
+    return (losses * mask).sum(), correct.sum()

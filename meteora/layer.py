@@ -1,0 +1,157 @@
+"""One linear layer with its mixture of LoRAs: y = W x + sum_j w_j s_j B_j (A_j x)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meteora.adapters import LoraWeights
+from meteora.backends import get_mix
+from meteora.gating import Routing, forced, gate_logits, route
+from meteora.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+
+class ForcedAdapters:
+    """One adapter index per sample, and how often ``generate`` repeats each sample."""
+
+    def __init__(self, indices: Sequence[int], *, one_for_all: bool) -> None:
+        self.indices = torch.tensor(indices, dtype=torch.int64)
+        self.one_for_all = one_for_all
+        self.repeats = 1
+        self._key: tuple | None = None
+        self._routing: Routing | None = None
+
+    def routing(self, batch: torch.Size, device: torch.device) -> Routing:
+        """The routing of all tokens of an input of shape (*batch, in). Kept, as every layer of a pass asks the same."""
+        key = (batch, device, self.repeats)
+        if key != self._key:
+            self._routing, self._key = forced(self._per_token(batch).to(device)), key
+        return self._routing
+
+    def _per_token(self, batch: torch.Size) -> Tensor:
+        if self.one_for_all:
+            return self.indices.expand(batch.numel())
+        samples = len(self.indices) * self.repeats
+        if len(batch) != 2 or batch[0] != samples:
+            raise ValueError(
+                f"route_to got {len(self.indices)} names, one per sample, but the input has shape {tuple(batch)} "
+                f"(samples, tokens); expected {samples} samples."
+            )
+        return self.indices.repeat_interleave(self.repeats).repeat_interleave(batch[1])
+
+
+@dataclass
+class MixtureState:
+    """What all layers of a model share: the settings, and what is being forced, recorded or trained at the moment."""
+
+    top_k: int
+    temperature: float = 1.0
+    backend: str = "auto"
+    enabled: bool = True
+    forced: ForcedAdapters | None = None
+    trace: Trace | None = None
+    gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
+    warning: str | None = None
+
+
+class MeteoraLinear(nn.Module):
+    """A frozen linear layer, its adapters, and the gate that chooses among them for every token.
+
+    Args:
+        base_layer: the linear layer, left untouched.
+        num_adapters: N; the gate has N rows.
+        adapters: index (0..N-1) -> that adapter's weights here. One that is absent can be chosen, and adds zero.
+        state: the settings shared by all layers.
+        dtype: of the adapters' weights.
+        name: the layer's dotted name in its model, for the trace.
+
+    Attributes:
+        base_layer, gate: ``nn.Linear(in, N, bias=False)``, float32, zero until trained.
+        lora_A (R, in), lora_B (out, R): all adapters' weights, R the sum of their ranks; scaling is folded into B.
+        column_adapter (R,): the adapter that owns each of the R.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        num_adapters: int,
+        adapters: dict[int, LoraWeights],
+        state: MixtureState,
+        *,
+        dtype: torch.dtype,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer = base_layer
+        self.name = name
+        self.state = state
+        device = base_layer.weight.device
+        # Zero is neutral: no adapter is preferred, and the result does not depend on a random state.
+        self.gate = nn.Linear(self.in_features, num_adapters, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.gate.weight)
+        A = [w.A.to(device, dtype) for w in adapters.values()]
+        B = [(w.B.to(device, torch.float32) * w.scaling).to(dtype) for w in adapters.values()]
+        owner = [torch.full((w.rank,), n) for n, w in adapters.items()]
+        self.lora_A = nn.Parameter(torch.cat(A), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.cat(B, dim=1), requires_grad=False)
+        self.register_buffer("column_adapter", torch.cat(owner).to(device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @torch.no_grad()
+    def add_adapter(self, weights: LoraWeights | None) -> None:
+        """Give the gate one more row (zero), and the layer that adapter's weights, if it has any here."""
+        device, dtype = self.lora_A.device, self.lora_A.dtype
+        old = self.gate.weight
+        grown = torch.cat([old, old.new_zeros(1, self.in_features)])
+        self.gate = nn.Linear(self.in_features, len(grown), bias=False, device=old.device, dtype=old.dtype)
+        self.gate.weight = nn.Parameter(grown, requires_grad=old.requires_grad)
+        if weights is None:
+            return
+        B = (weights.B.to(device, torch.float32) * weights.scaling).to(dtype)
+        self.lora_A = nn.Parameter(torch.cat([self.lora_A, weights.A.to(device, dtype)]), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.cat([self.lora_B, B], dim=1), requires_grad=False)
+        owner = self.column_adapter.new_full((weights.rank,), len(grown) - 1)
+        self.column_adapter = torch.cat([self.column_adapter, owner])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out)."""
+        y = self.base_layer(x)
+        state = self.state
+        if not state.enabled:
+            return y
+        tokens = x.reshape(-1, self.in_features)  # (T, in)
+        routing = state.forced.routing(x.shape[:-1], x.device) if state.forced else None
+        if routing is None or state.trace is not None or state.gate_observer is not None:
+            logits = gate_logits(tokens, self.gate.weight)  # (T, N)
+            if state.gate_observer is not None:
+                state.gate_observer(self, tokens, logits)
+            if routing is None:
+                self._warn_once()
+                routing = route(logits, state.top_k, state.temperature)
+            if state.trace is not None:
+                state.trace.record(self.name, x.shape[:-1], logits, routing)
+        mix = get_mix(state.backend)
+        operands = (tensor.to(y.dtype) for tensor in (tokens, self.lora_A, self.lora_B))
+        return mix(y.reshape(-1, self.out_features), *operands, self.column_adapter, routing).view(y.shape)
+
+    def _warn_once(self) -> None:
+        if self.state.warning is not None:
+            logger.warning(self.state.warning)
+            self.state.warning = None
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, adapters={self.gate.out_features}, R={len(self.lora_A)}"

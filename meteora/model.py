@@ -1,0 +1,351 @@
+"""A frozen language model with a mixture of LoRAs in its linear layers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, list_adapters, load_adapter
+from meteora.backends import get_mix
+from meteora.config import MeteoraConfig, check_temperature, check_top_k
+from meteora.files import atomic_directory
+from meteora.layer import ForcedAdapters, MeteoraLinear, MixtureState
+from meteora.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "meteora_config.json"
+GATES_FILE = "gates.safetensors"
+FORMAT = 1
+_REFUSE_MERGE = (
+    "a mixture of LoRAs cannot be merged into the base weights: which adapters a layer adds depends on its input, so "
+    "there is no one weight that equals them all."
+)
+
+
+class MeteoraModel(nn.Module):
+    """A base model whose linear layers carry N adapters and a gate each; everything but the gates is frozen.
+
+    Make one with :meth:`from_adapters` or :meth:`from_pretrained`. Whatever is not defined here (``config``,
+    ``device``, ``generation_config``, ...) is the base model's.
+
+    Attributes:
+        base_model: the model, its adapted modules replaced in place by :class:`MeteoraLinear`.
+        adapter_names: in the order of the gates' rows.
+    """
+
+    def __init__(self, base_model: nn.Module, adapters: Sequence[Adapter], config: MeteoraConfig) -> None:
+        super().__init__()
+        _check_untouched(base_model)
+        self.base_model = base_model
+        self._adapters = list(adapters)
+        names = ", ".join(repr(a.name) for a in adapters)
+        self.state = MixtureState(
+            top_k=min(2, len(adapters)) if config.top_k is None else check_top_k(config.top_k, len(adapters)),
+            temperature=config.temperature,
+            backend=config.backend,
+            warning=f"the gates were never trained, so the choice among {names} is arbitrary; call train_gates.",
+        )
+        get_mix(config.backend)
+        for adapter in self._adapters:
+            _check_fit(base_model, adapter)
+        base_model.requires_grad_(False)
+        self.layers: dict[str, MeteoraLinear] = {}
+        for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
+            self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base_model: nn.Module | str | Path,
+        adapters: Mapping[str, str | Path] | str | Path,
+        config: MeteoraConfig | None = None,
+    ) -> MeteoraModel:
+        """Put PEFT LoRA adapters into a base model.
+
+        Args:
+            base_model: a decoder from transformers (changed in place), or the path or hub id of one.
+            adapters: name -> directory or hub id, or one folder that holds PEFT directories. Ranks, alphas and target
+                modules may differ.
+
+        Raises:
+            AdapterError: for an adapter that is missing, unsupported, or does not fit the base model.
+            ValueError: for top_k > N.
+        """
+        loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
+        return cls(_load_base(base_model), loaded, config or MeteoraConfig())
+
+    @classmethod
+    def from_pretrained(cls, base_model: nn.Module | str | Path, directory: str | Path) -> MeteoraModel:
+        """Load what :meth:`save_pretrained` wrote, on top of the same base model.
+
+        Raises:
+            AdapterError: if the checkpoint is missing or incomplete, or its adapters are not those it was saved with.
+        """
+        directory = Path(directory)
+        saved = _read_checkpoint(directory)
+        adapters = []
+        for entry in saved["adapters"]:
+            source = directory / entry["directory"] if "directory" in entry else entry["source"]
+            adapter = load_adapter(entry["name"], source)
+            if adapter.sha256 != entry["sha256"]:
+                raise AdapterError(
+                    f"adapter {entry['name']!r} at {source} is not the one the gates in {directory} were trained with: "
+                    f"its sha256 is {adapter.sha256}, the checkpoint says {entry['sha256']}."
+                )
+            adapters.append(adapter)
+        model = cls(_load_base(base_model), adapters, MeteoraConfig(**saved["config"]))
+        model._load_gates(directory / GATES_FILE)
+        model.state.warning = saved["warning"]
+        return model
+
+    def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = True) -> None:
+        """Write gates (safetensors), settings, the order of the adapters and the adapters themselves.
+
+        With ``copy_adapters=False`` the adapters are only referred to, by where they lie and their sha256. The
+        directory appears complete or not at all.
+        """
+        with atomic_directory(directory) as parts:
+            self._write_checkpoint(parts, copy_adapters)
+
+    def _write_checkpoint(self, directory: Path, copy_adapters: bool) -> None:
+        entries = []
+        for n, adapter in enumerate(self._adapters):
+            entry = {"name": adapter.name, "sha256": adapter.sha256}
+            if copy_adapters:
+                # Numbered, because a name may hold what a file name may not.
+                entry["directory"] = f"adapters/{n:03d}"
+                (directory / entry["directory"]).mkdir(parents=True)
+                for file in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(adapter.directory / file, directory / entry["directory"] / file)
+            else:
+                local = Path(adapter.source).expanduser()
+                entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
+            entries.append(entry)
+        config = MeteoraConfig(self.top_k, self.state.temperature, self.state.backend)
+        saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "warning": self.state.warning}
+        gates = {name: layer.gate.weight.detach().contiguous() for name, layer in self.layers.items()}
+        save_file(gates, directory / GATES_FILE)
+        (directory / MODEL_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+    @torch.no_grad()
+    def _load_gates(self, path: Path) -> None:
+        gates = load_file(path)
+        if set(gates) != set(self.layers):
+            odd = sorted(set(gates) ^ set(self.layers))[0]
+            raise AdapterError(f"{path} does not match the adapters: a gate for {odd!r} is on one side only.")
+        for name, layer in self.layers.items():
+            if gates[name].shape != layer.gate.weight.shape:
+                raise AdapterError(
+                    f"{path}: the gate of {name!r} has shape {tuple(gates[name].shape)}; "
+                    f"expected {tuple(layer.gate.weight.shape)}."
+                )
+            layer.gate.weight = nn.Parameter(gates[name].to(layer.gate.weight.device))
+
+    def add_adapter(self, name: str, source: str | Path) -> None:
+        """Add one adapter behind the others; their choices among themselves stay as they are.
+
+        Its gate rows are zero until trained: ``train_gates`` on data that includes its task.
+        """
+        if name in self.adapter_names:
+            raise AdapterError(f"there is an adapter {name!r} already; choose another name.")
+        adapter = load_adapter(*next(iter(list_adapters({name: source}).items())))
+        _check_fit(self.base_model, adapter)
+        index = len(self._adapters)
+        self._adapters.append(adapter)
+        for module, layer in self.layers.items():
+            layer.add_adapter(adapter.modules.get(module))
+        for module in _in_model_order(self.base_model, set(adapter.modules) - set(self.layers)):
+            self._wrap(module, {index: adapter.modules[module]})
+        self.state.warning = f"the gates were never trained for {name!r}; call train_gates on data that includes it."
+
+    def _wrap(self, module: str, weights: dict) -> None:
+        linear = self.base_model.get_submodule(module)
+        # A quantised layer's weight has an integer type; the model's dtype is what it computes in.
+        dtype = linear.weight.dtype if linear.weight.is_floating_point() else self.base_model.dtype
+        layer = MeteoraLinear(linear, len(self._adapters), weights, self.state, dtype=dtype, name=module)
+        parent, _, child = module.rpartition(".")
+        setattr(self.base_model.get_submodule(parent), child, layer)
+        layer.train(linear.training)
+        self.layers[module] = layer
+
+    def unload(self) -> nn.Module:
+        """Take the layers out again and return the base model as it was."""
+        for module, layer in self.layers.items():
+            parent, _, child = module.rpartition(".")
+            setattr(self.base_model.get_submodule(parent), child, layer.base_layer)
+        self.layers.clear()
+        return self.base_model
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        return tuple(self._adapters)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [adapter.name for adapter in self._adapters]
+
+    @property
+    def top_k(self) -> int:
+        return self.state.top_k
+
+    def set_top_k(self, top_k: int) -> None:
+        """Mix the ``top_k`` best adapters per token and layer."""
+        self.state.top_k = check_top_k(top_k, len(self._adapters))
+
+    def set_temperature(self, temperature: float) -> None:
+        """Divide the chosen logits by ``temperature`` before their softmax; above 1 the weights even out."""
+        self.state.temperature = check_temperature(temperature)
+
+    def set_backend(self, backend: str) -> None:
+        """Compute the mixture by ``loop``, ``bmm``, ``dense``, ``triton`` or ``auto``."""
+        get_mix(backend)
+        self.state.backend = backend
+
+    def train(self, mode: bool = True) -> MeteoraModel:
+        """Training mode, without dropout: the base model is frozen, and noise in it would only blur the gates."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return self
+
+    def forward(self, *args, **kwargs):
+        """The base model's forward and output; its ``loss`` is the language-modelling loss alone."""
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """The base model's ``generate``."""
+        settings = kwargs.get("generation_config") or self.base_model.generation_config
+        beams = kwargs.get("num_beams", settings.num_beams) or 1
+        if self.state.trace is not None and beams > 1:
+            raise ValueError("trace cannot follow beam search, which reorders the samples; use num_beams=1.")
+        if self.state.forced is None:
+            return self.base_model.generate(*args, **kwargs)
+        returned = kwargs.get("num_return_sequences", settings.num_return_sequences) or 1
+        self.state.forced.repeats = max(beams, returned)
+        try:
+            return self.base_model.generate(*args, **kwargs)
+        finally:
+            self.state.forced.repeats = 1
+
+    @contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside, the model is exactly its base model."""
+        before, self.state.enabled = self.state.enabled, False
+        try:
+            yield
+        finally:
+            self.state.enabled = before
+
+    @contextmanager
+    def route_to(self, names: str | Sequence[str]) -> Iterator[None]:
+        """Inside, every token uses the named adapter alone: one name for all samples, or a list with one per sample.
+
+        The gates, top_k and the temperature are ignored. The output is PEFT's own for that adapter.
+        """
+        wanted = [names] if isinstance(names, str) else list(names)
+        known = {name: n for n, name in enumerate(self.adapter_names)}
+        for name in wanted:
+            if name not in known:
+                raise AdapterError(f"there is no adapter {name!r}; there are {', '.join(map(repr, known))}.")
+        if not wanted:
+            raise AdapterError("route_to needs at least one name.")
+        before = self.state.forced
+        self.state.forced = ForcedAdapters([known[n] for n in wanted], one_for_all=isinstance(names, str))
+        try:
+            yield
+        finally:
+            self.state.forced = before
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Inside, every gate's logits, choices and weights are recorded; see :class:`Trace`."""
+        before = self.state.trace
+        self.state.trace = trace = Trace()
+        try:
+            yield trace
+        finally:
+            self.state.trace = before
+
+    def merge_adapter(self, *args, **kwargs):
+        """Refused: the routing depends on the input."""
+        raise NotImplementedError(_REFUSE_MERGE)
+
+    merge_and_unload = merge_adapter
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
+    if isinstance(base_model, nn.Module):
+        return base_model
+    return AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto")
+
+
+def _check_untouched(base_model: nn.Module) -> None:
+    for name, module in base_model.named_modules():
+        if isinstance(module, MeteoraLinear):
+            raise AdapterError(f"the base model carries adapters already (at {name!r}); load it afresh.")
+
+
+def _in_model_order(base_model: nn.Module, modules: set[str]) -> list[str]:
+    return [name for name, _ in base_model.named_modules() if name in modules]
+
+
+def _check_fit(base_model: nn.Module, adapter: Adapter) -> None:
+    known = dict(base_model.named_modules())
+    for name, weights in adapter.modules.items():
+        module = known.get(name)
+        if isinstance(module, MeteoraLinear):
+            module = module.base_layer
+        if module is None:
+            raise AdapterError(
+                f"adapter {adapter.name!r} has weights for {name!r}, which the base model does not have; "
+                "it was trained for another base model."
+            )
+        if not isinstance(module, nn.Linear):
+            raise AdapterError(
+                f"adapter {adapter.name!r} adapts {name!r}, a {type(module).__name__}; only nn.Linear can be mixed."
+            )
+        expected, actual = (module.in_features, module.out_features), (weights.A.shape[1], weights.B.shape[0])
+        if expected != actual:
+            raise AdapterError(
+                f"adapter {adapter.name!r} expects {name!r} to be {actual[0]} -> {actual[1]}, the base model's is "
+                f"{expected[0]} -> {expected[1]}; it was trained for another base model."
+            )
+    base_name = getattr(getattr(base_model, "config", None), "_name_or_path", "") or ""
+    if adapter.base_model is None or Path(adapter.base_model).name != Path(base_name).name:
+        logger.warning(
+            "adapter %r says it was trained for %r, the base model is %r; the shapes fit, so it is used.",
+            adapter.name, adapter.base_model, base_name,
+        )  # fmt: skip
+
+
+def _read_checkpoint(directory: Path) -> dict:
+    for file in (MODEL_FILE, GATES_FILE):
+        if not (directory / file).is_file():
+            raise AdapterError(f"{directory} has no {file}; it is not a directory that save_pretrained wrote.")
+    try:
+        saved = json.loads((directory / MODEL_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{directory / MODEL_FILE} is not valid JSON ({error}).") from error
+    if saved.get("format") != FORMAT:
+        raise AdapterError(f"{directory} has format {saved.get('format')!r}; this version reads format {FORMAT}.")
+    return saved

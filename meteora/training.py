@@ -1,0 +1,167 @@
+"""Training of the gates (paper, section 3.3); base model and adapters stay frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from meteora.batches import Batch, Sample, by_task, encode
+from meteora.config import GateTrainingConfig
+from meteora.gating import gate_cross_entropy
+from meteora.layer import MeteoraLinear
+from meteora.model import MeteoraModel
+from meteora.training_loop import TrainingRun, response_losses
+
+
+def train_gates(
+    model: MeteoraModel,
+    dataset: Iterable[Mapping],
+    config: GateTrainingConfig | None = None,
+    *,
+    tokenizer,
+    output_dir: str | Path | None = None,
+) -> list[dict]:
+    """Train the gates; base model and adapters stay frozen.
+
+    ``joint`` minimises L_LM + beta * L_gate, L_LM over the responses and L_gate the mean cross-entropy of every gate at
+    every token that is no padding, against the sample's own adapter. ``gate`` minimises L_gate alone, every gate on its
+    own detached inputs while the sample's own adapter is forced: each is then a logistic regression on fixed features,
+    whose gradient is written down at once, and nothing is kept for a backward pass.
+
+    Args:
+        dataset: rows {prompt, response, task}, task being one of ``model.adapter_names``.
+        output_dir: where the model is saved at the end; an interrupted call with the same arguments goes on from there.
+
+    Returns:
+        One row a step: ``step, loss, lm_loss, gate_loss, gate_accuracy``; ``lm_loss`` is NaN under ``gate``, which has
+        no use for it.
+    """
+    config = config or GateTrainingConfig()
+    samples = encode(dataset, {n: i for i, n in enumerate(model.adapter_names)}, tokenizer, config.max_length)
+    run = TrainingRun(model, by_task(samples), config, tokenizer, output_dir)
+    gates = [layer.gate.weight for layer in model.layers.values()]
+    optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay)
+    forward = _forward_local if config.objective == "gate" else _forward_joint
+
+    def step(batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
+        decisions = len(gates) * sum(len(sample.ids) for sample in drawn)
+        responses = sum(sample.response_tokens for sample in drawn)
+        totals = torch.zeros(3, device=run.device)
+        for batch in batches:
+            totals += forward(model, batch, config, decisions, responses)
+        lm_loss, gate_loss, accuracy = run.sum_over_processes(gates, totals).tolist()
+        nn.utils.clip_grad_norm_(gates, config.max_grad_norm)
+        if config.objective == "gate":
+            return {"loss": gate_loss, "lm_loss": math.nan, "gate_loss": gate_loss, "gate_accuracy": accuracy}
+        loss = lm_loss + config.beta * gate_loss
+        return {"loss": loss, "lm_loss": lm_loss, "gate_loss": gate_loss, "gate_accuracy": accuracy}
+
+    with _trainable(gates), _checkpointing(model, config.objective == "joint" and config.gradient_checkpointing):
+        history = run.loop(optimizer, gates, step, name="gates")
+    model.state.warning = None
+    if output_dir is not None and run.accelerator.is_main_process:
+        model.save_pretrained(output_dir)
+        run.forget_checkpoint()
+    return history
+
+
+class _GateLoss:
+    """Called by every layer with its inputs and logits: sums the gates' cross-entropy over one batch.
+
+    With ``scale`` given, the gradient of ``scale`` times the sum is added to every gate at once, on detached inputs.
+    """
+
+    def __init__(self, batch: Batch, scale: float | None) -> None:
+        self.mask = batch.attention_mask.flatten().bool()
+        rows = torch.tensor(batch.tasks, device=self.mask.device)
+        self.labels = rows.repeat_interleave(batch.input_ids.shape[1])
+        self.scale = scale
+        self.loss = torch.zeros((), device=self.mask.device)
+        self.correct = torch.zeros((), device=self.mask.device)
+        self.closed = False
+
+    def __call__(self, layer: MeteoraLinear, x: Tensor, logits: Tensor) -> None:
+        device = logits.device  # the layers of one model may lie on several
+        labels, mask = self.labels.to(device), self.mask.to(device)
+        loss, correct = gate_cross_entropy(logits, labels, mask)
+        if self.closed:
+            return  # gradient checkpointing runs the layers again, and must find the same operations
+        self.loss = self.loss + loss.to(self.loss.device)
+        self.correct += correct.to(self.loss.device)
+        if self.scale is not None:
+            error = torch.softmax(logits, dim=-1)  # d loss / d logits = softmax - one-hot
+            error[torch.arange(len(error), device=device), labels] -= 1
+            gradient = (error * (mask * self.scale).unsqueeze(-1)).t() @ x.float()
+            weight = layer.gate.weight
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+
+def _forward_local(
+    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, decisions: int, responses: int
+) -> Tensor:
+    loss = _GateLoss(batch, scale=1 / decisions)
+    names = [model.adapter_names[task] for task in batch.tasks]
+    with torch.no_grad(), model.route_to(names), _observed(model, loss):
+        _backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct]) / decisions
+
+
+def _forward_joint(
+    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, decisions: int, responses: int
+) -> Tensor:
+    loss = _GateLoss(batch, scale=None)
+    with _observed(model, loss):
+        lm_loss = response_losses(model, batch).sum() / responses
+        gate_loss = loss.loss / decisions
+        loss.closed = True
+        (lm_loss + config.beta * gate_loss).backward()
+    return torch.stack([lm_loss.detach(), gate_loss.detach(), loss.correct / decisions])
+
+
+def _backbone(model: MeteoraModel) -> nn.Module:
+    """The decoder without its language-model head, where no adapted layer is lost by leaving that out."""
+    backbone = model.base_model.base_model
+    inside = set(backbone.modules())
+    return backbone if all(layer in inside for layer in model.layers.values()) else model.base_model
+
+
+@contextmanager
+def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@contextmanager
+def _observed(model: MeteoraModel, observer: _GateLoss) -> Iterator[None]:
+    model.state.gate_observer, model.state.warning = observer, None
+    try:
+        yield
+    finally:
+        model.state.gate_observer = None
+
+
+@contextmanager
+def _checkpointing(model: MeteoraModel, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing, which transformers only does in training mode; nothing else depends on that mode here."""
+    if not wanted:
+        yield
+        return
+    was_training = model.training
+    model.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.base_model.gradient_checkpointing_disable()
+        model.train(was_training)

@@ -1,0 +1,169 @@
+"""The loop under every training: balanced steps, one schedule, a progress bar, several processes, and a way back in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from meteora.batches import IGNORE, Batch, Sample, balanced_steps, micro_batches
+from meteora.config import TrainingConfig
+from meteora.model import MeteoraModel
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+Step = Callable[[Iterable[Batch], Sequence[Sample]], dict]
+
+
+class TrainingRun:
+    """One training of some parameters of ``model``, on one or several processes (``accelerate launch``).
+
+    The model is moved to accelerate's device, unless it was spread over devices already. Each process takes its share
+    of every step's samples, and the gradients are summed: the loss curve does not depend on the number of processes.
+
+    Args:
+        groups: task -> its samples.
+        output_dir: an interrupted run with the same arguments goes on from the state it left beside that directory.
+    """
+
+    def __init__(
+        self,
+        model: MeteoraModel,
+        groups: Mapping[int, Sequence[Sample]],
+        config: TrainingConfig,
+        tokenizer,
+        output_dir: str | Path | None,
+    ) -> None:
+        self.accelerator = Accelerator()
+        self.device = self.accelerator.device
+        if not getattr(model.base_model, "hf_device_map", None):
+            model.to(self.device)
+        self.config = config
+        self.groups = groups
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        longest = max(len(samples) for samples in groups.values())
+        self.steps = config.max_steps or max(1, math.ceil(config.epochs * longest / config.samples_per_step))
+        self._checkpoint = None
+        if output_dir is not None:
+            output_dir = Path(output_dir)
+            output_dir.parent.mkdir(parents=True, exist_ok=True)
+            self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished.pt")
+        self._identity = _identity(config, groups, model)
+
+    def loop(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        step: Step,
+        *,
+        name: str,
+        after_step: Callable[[int], list[dict]] = lambda step: [],
+        extra: dict[str, Tensor] | None = None,
+    ) -> list[dict]:
+        """Call ``step(batches, samples)``, which leaves gradients and returns a row of the history, once a step.
+
+        ``after_step`` may add rows; ``extra`` are further tensors, changed in place, that a resumed run needs.
+        """
+        config = self.config
+        scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * self.steps), self.steps)
+        history: list[dict] = []
+        first = self._resume(optimizer, scheduler, parameters, extra or {}, history)
+        last_save = time.monotonic()
+        drawn = balanced_steps(self.groups, config.samples_per_step, self.steps, config.seed)
+        bar = tqdm(drawn, total=self.steps, desc=name, disable=not self.accelerator.is_main_process)
+        for number, samples in enumerate(bar, start=1):
+            if number <= first:
+                continue
+            row = step(micro_batches(self._share(samples), config.tokens_per_batch, self.pad_id, self.device), samples)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            history.append({"step": number, **row})
+            history.extend(after_step(number))
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            if time.monotonic() - last_save > SECONDS_BETWEEN_CHECKPOINTS:
+                self._save(number, optimizer, scheduler, parameters, extra or {}, history)
+                last_save = time.monotonic()
+        return history
+
+    def sum_over_processes(self, parameters: Sequence[nn.Parameter], totals: Tensor) -> Tensor:
+        """Sum the gradients of ``parameters`` (in place) and ``totals`` (returned) over all processes."""
+        if self.accelerator.num_processes == 1:
+            return totals
+        for parameter in parameters:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(grad, reduction="sum")
+        return self.accelerator.reduce(totals, reduction="sum")
+
+    def forget_checkpoint(self) -> None:
+        """Remove the state of the unfinished run; call it once the result is written."""
+        if self._checkpoint is not None:
+            self._checkpoint.unlink(missing_ok=True)
+
+    def _share(self, samples: Sequence[Sample]) -> list[Sample]:
+        by_length = sorted(samples, key=lambda sample: len(sample.ids))
+        return by_length[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _save(self, step: int, optimizer, scheduler, parameters, extra: dict[str, Tensor], history: list[dict]) -> None:
+        if self._checkpoint is None or not self.accelerator.is_main_process:
+            return
+        state = {
+            "identity": self._identity,
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "parameters": [parameter.detach() for parameter in parameters],
+            "extra": extra,
+            "history": json.dumps(history),
+        }
+        new = self._checkpoint.with_suffix(".new")
+        torch.save(state, new)
+        os.replace(new, self._checkpoint)
+
+    @torch.no_grad()
+    def _resume(self, optimizer, scheduler, parameters, extra: dict[str, Tensor], history: list[dict]) -> int:
+        if self._checkpoint is None or not self._checkpoint.is_file():
+            return 0
+        state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+        if state["identity"] != self._identity:
+            return 0
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        for parameter, saved in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+        for key, tensor in extra.items():
+            tensor.copy_(state["extra"][key])
+        history.extend(json.loads(state["history"]))
+        return state["step"]
+
+
+def response_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed cross-entropy (B,) float32 of every sample's response tokens."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    targets = batch.labels[:, 1:]
+    places = targets != IGNORE  # only these rows of the (B, S, vocabulary) logits are ever upcast
+    losses = nn.functional.cross_entropy(logits[:, :-1][places].float(), targets[places], reduction="none")
+    return losses.new_zeros(places.shape).masked_scatter(places, losses).sum(dim=1)
+
+
+def _identity(config: TrainingConfig, groups: Mapping[int, Sequence[Sample]], model: MeteoraModel) -> str:
+    """A hash of everything that decides the course of a run."""
+    digest = hashlib.sha256(json.dumps([type(config).__name__, asdict(config)]).encode())
+    for task, samples in groups.items():
+        digest.update(json.dumps([task, [sample.ids for sample in samples]]).encode())
+    for name, layer in model.layers.items():
+        digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
+        digest.update(layer.base_layer.weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    digest.update(json.dumps([[a.name, a.sha256] for a in model.adapters]).encode())
+    return digest.hexdigest()
