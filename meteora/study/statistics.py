@@ -1,8 +1,8 @@
 """Seeded percentile bootstraps: how far a mean, a difference or a corpus metric would move with other test samples.
 
 All intervals are percentile intervals over ``resamples`` draws with replacement (Efron and Tibshirani 1993,
-chapter 13). They say nothing about other training seeds, and one of n equal values is a point: with few samples, all right or all
-wrong, it is too narrow.
+chapter 13). They say nothing about other training seeds, and one of n equal values is a point: with few samples, all
+right or all wrong, it is too narrow.
 """
 
 from __future__ import annotations
