@@ -1,0 +1,90 @@
+"""The scaffold of protocol `guided`: numbers are written for the model, the answers between them are its own."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessor
+
+
+class GuidedNumbering(LogitsProcessor):
+    """Writes `1.`, and at every end of a line or of the text the next number, until `n` answers stand.
+
+    A number is followed by a space in the transcript because the model writes it: in the tokenizers of Llama and SmolLM2
+    a space belongs to the word that follows, so a forced space would leave the model with a word it never saw there.
+    An answer of `max_answer_tokens` tokens is ended by a forced line break, so that one that rambles takes nothing from
+    the others. Works in `TranscriptBatch.decode` and, for greedy search, in `model.generate(logits_processor=[...])`.
+
+    Args:
+        tokenizer: of the model.
+        n: how many numbered answers.
+        max_answer_tokens: most tokens of one answer, its line break not counted.
+        prompt_length: width of the prompt if the processor is given prompt and generated tokens together, as by `generate`.
+    """
+
+    def __init__(self, tokenizer, n: int, max_answer_tokens: int, *, prompt_length: int = 0) -> None:
+        if n < 1 or max_answer_tokens < 1:
+            raise ValueError(f"n and max_answer_tokens must be at least 1, not {n} and {max_answer_tokens}.")
+        self.tokenizer, self.n, self.max_answer_tokens, self.prompt_length = tokenizer, n, max_answer_tokens, prompt_length
+        self.eos = tokenizer.eos_token_id
+        line_break = tokenizer.encode("\n", add_special_tokens=False)
+        self.line_break = line_break[-1]
+        # a number as it is tokenised at the beginning of a line
+        self.numbers = [
+            tokenizer.encode(f"\n{i}.", add_special_tokens=False)[len(line_break) :] for i in range(1, n + 1)
+        ]
+        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        self.ends_line = {token for token, piece in enumerate(pieces) if piece.endswith("\n")}
+        # a line must end where a token ends, or the rest of the token would stand before the next number
+        self.forbidden = [token for token, piece in enumerate(pieces) if "\n" in piece.rstrip("\n")]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """What the whole list can need: every number, answer and line break."""
+        return sum(map(len, self.numbers)) + self.n * (self.max_answer_tokens + 1)
+
+    def split(self, generated: list[int]) -> tuple[list[list[int]], int | None]:
+        """Take a generated list apart.
+
+        Returns:
+            The answers so far (token lists, their line breaks removed), and the token that the scaffold wants next:
+            `None` leaves the choice to the model.
+        """
+        answers: list[list[int]] = []
+        at = 0
+        for number in self.numbers:
+            written = len(generated) - at
+            if written < len(number):
+                return answers, number[written]
+            at += len(number)
+            answer: list[int] = []
+            answers.append(answer)
+            while at < len(generated) and generated[at] not in self.ends_line:
+                answer.append(generated[at])
+                at += 1
+            if at == len(generated):
+                if len(answer) < self.max_answer_tokens:
+                    return answers, None
+                return answers, self.eos if len(answers) == self.n else self.line_break
+            at += 1
+        return answers, self.eos
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) in which the scaffold's token, where it has one, is the only choice."""
+        scores = scores.clone()
+        if self.forbidden:
+            scores[:, self.forbidden] = -torch.inf
+        best = scores.argmax(-1).tolist()
+        for row, generated in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            answers, token = self.split(generated)
+            if token is None and best[row] == self.eos and len(answers) < self.n:
+                token = self.line_break  # the model ends the text: this answer is over, the next one begins
+            if token is not None:
+                scores[row] = -torch.inf
+                scores[row, token] = 0.0
+        return scores
+
+    def text(self, generated: list[int]) -> str:
+        """The list as text, one `i. answer` a line."""
+        answers, _ = self.split(generated)
+        texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        return "\n".join(f"{i}. {text}" for i, text in enumerate(texts, start=1))
