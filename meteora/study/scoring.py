@@ -25,10 +25,6 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from meteora.study.statistics import Interval, bootstrap_interval, corpus_interval
-
-# Every draw of the published BLEU reads all references again, and as it depends on one answer it is coarse anyway.
-_SLOW_RESAMPLES = 100
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 
 # A minus counts as a sign only where nothing stands before it: "5-3" holds 5 and 3.
@@ -43,14 +39,10 @@ _NUMBER_WORDS = (
 
 
 class ScoredTask(Protocol):
-    """What scoring needs to know of a task.
-
-    ``accuracy`` is exact, substring, number, yesno or ``None``; ``text_metrics`` holds bleu and rouge, as they apply.
-    """
+    """What scoring needs to know of a task; ``accuracy`` is exact, substring, number, yesno, or ``None``."""
 
     name: str
     accuracy: str | None
-    text_metrics: Sequence[str]
 
 
 def score(
@@ -78,53 +70,6 @@ def published(
         # Their cleaning step reduces this task's answers to a label wherever it stands.
         answer = next((label for label in ("invalid", "valid") if label in answer), "illegal answer")
     return float(compare(answer, _as_list(references, task)[0]))
-
-
-def measure(
-    task: ScoredTask,
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str] | str],
-    choices: Sequence[Sequence[str] | None] | None = None,
-    *,
-    seed: int = 0,
-) -> list[dict[str, object]]:
-    """Every metric of a task over its samples, with 95% bootstrap intervals: rows metric, value, low, high, n."""
-    _check_paired(predictions, references)
-    values: dict[str, Interval] = {}
-    if task.accuracy is not None:
-        values["accuracy"] = bootstrap_interval(_each(score, task, predictions, references, choices), seed=seed)
-    if "bleu" in task.text_metrics:
-        statistics = np.stack([bleu_statistics(p, r) for p, r in zip(predictions, references)])
-        values["bleu"] = corpus_interval(
-            lambda drawn: bleu_from_statistics(statistics[drawn].sum(axis=0)), len(statistics), seed=seed
-        )
-        values["bleu_published"] = corpus_interval(
-            lambda drawn: corpus_bleu_published([predictions[i] for i in drawn], [references[i] for i in drawn]),
-            len(statistics),
-            resamples=_SLOW_RESAMPLES,
-            seed=seed,
-        )
-    if "rouge" in task.text_metrics:
-        rows = [rouge_scores(p, r) for p, r in zip(predictions, references)]
-        for metric in ROUGE_METRICS:
-            values[metric] = bootstrap_interval([row[metric] for row in rows], seed=seed)
-    return [_row(metric, interval, len(predictions)) for metric, interval in values.items()]
-
-
-def measure_published(
-    task: ScoredTask,
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str] | str],
-    choices: Sequence[Sequence[str] | None] | None = None,
-    *,
-    seed: int = 0,
-) -> list[dict[str, object]]:
-    """The authors' accuracy over a task's samples as :func:`measure` gives ours; no row for a task without one."""
-    _check_paired(predictions, references)
-    if task.accuracy is None:
-        return []
-    interval = bootstrap_interval(_each(published, task, predictions, references, choices), seed=seed)
-    return [_row("accuracy", interval, len(predictions))]
 
 
 def normalise(text: str) -> str:
@@ -258,16 +203,6 @@ def _published_number(answer: str, reference: str) -> bool:
     truth = re.search(r"#### (-?[0-9.,]+)", reference)
     number = (numbers[0] if len(marked) > 1 else numbers[-1]).removesuffix(".")
     return number == (truth.group(1) if truth else reference.strip()).replace(",", "")
-
-
-def _each(rule, task, predictions, references, choices) -> list[float]:
-    choices = [None] * len(predictions) if choices is None else choices
-    return [rule(task, *sample) for sample in zip(predictions, references, choices, strict=True)]
-
-
-def _row(metric: str, interval: Interval, n: int) -> dict[str, object]:
-    value, low, high = interval
-    return {"metric": metric, "value": value, "low": low, "high": high, "n": n}
 
 
 _STRICT = {"exact": _exact, "substring": _whole_words, "number": _same_number, "yesno": _yes_or_no}

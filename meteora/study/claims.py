@@ -1,0 +1,191 @@
+"""The paper's claims beside what a run measured: one row a claim, "not measured" where the run has no data for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pandas as pd
+
+from meteora.study.tables import interval_text, label, method_means, require_columns
+
+COLUMNS = ["claim", "paper", "measured here", "n", "command"]
+_CELL = [
+    "workload", "mode", "launch", "routing", "batch", "tokens", "adapters", "rank", "top_k", "in_features",
+    "out_features", "dtype",
+]  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """What a run says to a claim: a sentence, and the number of measurements behind it."""
+
+    text: str
+    n: int
+
+
+def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFrame:
+    """The paper's claims (arXiv 2405.13053), each with what ``metrics`` say to it.
+
+    Args:
+        metrics: file name without ``.csv`` -> its rows; of ``independent``, ``independent_paired``, ``composite``,
+            ``routing`` and ``benchmark``. Missing ones leave their claims "not measured".
+        profile: for the command that measures them.
+
+    Returns:
+        ``claim, paper, measured here, n, command``.
+    """
+    rows = []
+    for claim, paper, notebook, measure in (
+        ("Per-token loop against the other strategies", "up to 10x the time", "05", _loop_against_rest),
+        ("bmm-torch against the loop", "about 4x faster on average", "05", _bmm_against_loop),
+        ("bmm-torch against its bound, a single LoRA", "only 2.5x slower", "05", _bmm_against_bound),
+        ("Triton operator against bmm-torch", "about 80% of its speed, at the loop's memory", "05", _triton),
+        ("MeteoRA against PEFT with the adapter chosen by hand", "comparable on 28 tasks", "03", _against_peft),
+        ("Composites, answers attempted, against LoRA-B", "+35% on composite-10", "04", _attempted),
+        ("Composites, correct answers, against LoRA-B", "+27% on composite-10", "04", _correct),
+        ("Composites, sub-tasks won against LoRA-B", "almost every one", "04", _subtasks_won),
+        ("The gates choose the adapter of the task at hand", "they switch where tasks meet", "03", _routing),
+    ):
+        finding = measure(metrics)
+        command = f"./run_all.sh --profile {profile} --only {notebook}"
+        text, n = finding or (f"not measured: notebook {notebook} has left nothing on it", "")
+        rows.append((claim, paper, text, n, command))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def backend_ratios(benchmark: pd.DataFrame, slower: str, faster: str, metric: str = "time_us") -> pd.Series:
+    """``metric`` of one backend over another's in a layer's forward pass, one value for each cell that has both."""
+    require_columns(benchmark, [*_CELL, "backend", "metric", "value"], "benchmark.csv")
+    frame = benchmark[
+        (benchmark["metric"] == metric) & (benchmark["workload"] == "layer") & (benchmark["mode"] == "forward")
+    ]
+    wide = frame.pivot_table(index=_CELL, columns="backend", values="value", aggfunc="median", dropna=True)
+    if not {slower, faster} <= set(wide.columns):
+        return pd.Series(dtype=float)
+    wide = wide[wide[faster] > 0]
+    return (wide[slower] / wide[faster]).dropna()
+
+
+def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    if "benchmark" not in metrics:
+        return None
+    parts = {name: backend_ratios(metrics["benchmark"], "loop", name) for name in ("bmm", "dense", "triton")}
+    parts = {name: ratios for name, ratios in parts.items() if len(ratios)}
+    if not parts:
+        return None
+    name = max(parts, key=lambda name: parts[name].max())
+    return Finding(f"up to {parts[name].max():.1f}x ({name})", sum(map(len, parts.values())))
+
+
+def _bmm_against_loop(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    return _mean_ratio(metrics, "loop", "bmm", "faster")
+
+
+def _bmm_against_bound(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    return _mean_ratio(metrics, "bmm", "single_lora", "slower")
+
+
+def _mean_ratio(metrics: Mapping[str, pd.DataFrame], slower: str, faster: str, word: str) -> Finding | None:
+    if "benchmark" not in metrics:
+        return None
+    ratios = backend_ratios(metrics["benchmark"], slower, faster)
+    if ratios.empty:
+        return None
+    text = f"{ratios.mean():.1f}x {word} on average ({ratios.min():.1f}x to {ratios.max():.1f}x)"
+    return Finding(text, len(ratios))
+
+
+def _triton(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    if "benchmark" not in metrics:
+        return None
+    speed = backend_ratios(metrics["benchmark"], "bmm", "triton")
+    if speed.empty:
+        return None
+    text = f"{100 * speed.mean():.0f}% of bmm's speed"
+    memory = backend_ratios(metrics["benchmark"], "triton", "loop", "peak_bytes")
+    return Finding(text + (f" at {memory.mean():.1f}x the loop's memory" if len(memory) else ""), len(speed))
+
+
+def _against_peft(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    if "independent" not in metrics:
+        return None
+    means = method_means(metrics["independent"])
+    means = means[means["metric"] == "accuracy"].set_index("method")
+    ours = [method for method in ("meteora_top1", "meteora_top2") if method in means.index]
+    if not ours or "peft" not in means.index:
+        return None
+    paired = metrics.get("independent_paired")
+    parts = []
+    for method in ours:
+        text = f"{label(method)} {means.loc[method, 'value']:.3f}"
+        if paired is not None:
+            found = paired[(paired["method"] == method) & (paired["other"] == "peft")]
+            if len(found):
+                difference = found.iloc[0]
+                text += f" (difference {interval_text(difference['value'], difference['low'], difference['high'])})"
+        parts.append(text)
+    text = f"PEFT {means.loc['peft', 'value']:.3f}; {'; '.join(parts)}; {means.loc['peft', 'tasks']} tasks"
+    return Finding(text, int(means.loc["peft", "n"]))
+
+
+def _attempted(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    return _against_lora_b(metrics, "attempted")
+
+
+def _correct(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    return _against_lora_b(metrics, "correct")
+
+
+def _against_lora_b(metrics: Mapping[str, pd.DataFrame], metric: str) -> Finding | None:
+    wide = _ours_and_lora_b(metrics, metric, lambda subtask: subtask == "ALL")
+    if wide is None:
+        return None
+    parts = []
+    for (size, protocol, temperature), row in wide.iterrows():
+        ours, other = row["meteora"], row["lora_b"]
+        change = f" ({100 * (ours / other - 1):+.0f}%)" if other > 0 else ""
+        parts.append(f"composite-{size} {protocol}, T={temperature:g}: {ours:.2f} against {other:.2f}{change}")
+    return Finding("; ".join(parts), int(wide["n"].max()))
+
+
+def _subtasks_won(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    wide = _ours_and_lora_b(metrics, "accuracy", lambda subtask: subtask != "ALL")
+    if wide is None:
+        return None
+    parts = []
+    for (size, protocol, temperature), part in wide.groupby(level=[0, 1, 2], sort=False):
+        won, lost = int((part["meteora"] > part["lora_b"]).sum()), int((part["meteora"] < part["lora_b"]).sum())
+        equal = len(part) - won - lost
+        parts.append(f"composite-{size} {protocol}, T={temperature:g}: {won} won, {equal} equal, {lost} lost")
+    return Finding("; ".join(parts), int(wide["n"].max()))
+
+
+def _ours_and_lora_b(metrics: Mapping[str, pd.DataFrame], metric: str, wanted) -> pd.DataFrame | None:
+    """MeteoRA's and LoRA-B's values side by side, by composite, protocol and temperature (and sub-task)."""
+    if "composite" not in metrics:
+        return None
+    frame = metrics["composite"]
+    frame = frame[(frame["metric"] == metric) & frame["subtask"].map(wanted)]
+    ours = next((method for method in ("meteora_top2", "meteora_top1") if method in set(frame["method"])), None)
+    keys = ["composite", "protocol", "temperature", "subtask"]
+    if ours is None or "lora_b" not in set(frame["method"]):
+        return None
+    wide = frame.pivot_table(index=keys, columns="method", values="value", sort=False)[[ours, "lora_b"]].dropna()
+    wide = wide.set_axis(["meteora", "lora_b"], axis=1)
+    wide["n"] = frame["n"].max()
+    return wide.droplevel("subtask") if len(wide) else None
+
+
+def _routing(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    """The routing weight that a task's own adapter gets, averaged over layers, modules and tasks."""
+    if "routing" not in metrics:
+        return None
+    frame = metrics["routing"]
+    own = frame[frame["task"] == frame["adapter"]]
+    if own.empty:
+        return None
+    by_task = own.groupby("task")["share"].mean()
+    adapters = frame["adapter"].nunique()
+    spread = f"{by_task.min():.2f} to {by_task.max():.2f}"
+    text = f"own adapter's share {by_task.mean():.2f} ({spread}), {1 / adapters:.2f} by chance"
+    return Finding(text, len(own))
