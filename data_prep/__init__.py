@@ -1,0 +1,1 @@
+"""Where examples and base models come from."""

@@ -1,0 +1,120 @@
+"""Composite-n problems: n prompts of different tasks at once, answered by numbered lines.
+
+The layout is that of the authors' published composite_10 file. Their two examples were written by hand; ours are
+drawn from the training split, since every other source of them would overlap with what is measured.
+"""
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DataError
+from .prepare import load_split
+from .splits import Example, stable_rng
+
+ZERO_SHOT_INSTRUCTION = (
+    "Generate answers to the questions below, one numbered line for each answer, "
+    "starting with 1. for the first question:\n\n"
+)
+
+
+@dataclass(frozen=True)
+class CompositeItem:
+    """One composite problem.
+
+    tasks, examples: the sub-tasks in order, and their test examples.
+    prefix: the few-shot text, the same for all items of a set; "" without shots.
+    body: the questions (with shots=0 preceded by an instruction, as nothing else would ask for numbered lines).
+    """
+
+    id: str
+    tasks: list[str]
+    prefix: str
+    body: str
+    examples: list[Example]
+
+    @property
+    def prompt(self) -> str:
+        """All the model gets to see."""
+        return self.prefix + self.body
+
+
+def build_composites(
+    data_dir: str | Path, tasks: Sequence[str], items: int, *, shots: int = 2, seed: int = 0
+) -> list[CompositeItem]:
+    """A set of `items` composite problems of the given tasks, from data written by `prepare_tasks`.
+
+    Args:
+        tasks: the sub-tasks, in the order of the questions.
+        shots: solved examples in the prefix, taken from the training splits; 0 for none.
+        seed: seeds the choice of examples; it and the tasks fix the set.
+
+    Raises:
+        DataError: too few prepared examples, or data not prepared.
+    """
+    if not tasks or items < 1 or shots < 0:
+        raise DataError(f"A composite needs tasks, items >= 1 and shots >= 0, not {list(tasks)}, {items}, {shots}.")
+    prefix = _few_shot_prefix([_shots(data_dir, task, shots, seed) for task in tasks], shots)
+    columns = []
+    for position, task in enumerate(tasks):
+        examples = load_split(data_dir, task, "test")
+        if len(examples) < items:
+            raise DataError(
+                f"{items} composite items need {items} test examples of {task} and {data_dir} has {len(examples)}: "
+                "ask for fewer items or prepare more."
+            )
+        stable_rng(seed, "composite", position, task).shuffle(examples)
+        columns.append(examples[:items])
+    opening = "" if shots else ZERO_SHOT_INSTRUCTION
+    built = []
+    for index, examples in enumerate(zip(*columns, strict=True)):
+        body = opening + "".join(f"{example['prompt']}\n\n" for example in examples)[:-1]
+        built.append(CompositeItem(f"composite_{len(tasks)}/{index}", list(tasks), prefix, body, list(examples)))
+    return built
+
+
+def parse_answers(text: str, n: int) -> list[str | None]:
+    """The n numbered answers in a model's text; None where one is missing or empty, i.e. not attempted.
+
+    Answer i is what follows `i. ` at the start of a line, to the end of that line; its first occurrence counts.
+    """
+    answers: list[str | None] = [None] * n
+    for match in re.finditer(r"^[^\S\n]*(\d+)\.[^\S\n]+(\S.*)$", text, flags=re.MULTILINE):
+        # Compared as text: a digit of another script or a leading zero is not the number i.
+        if match[1] in (numbers := [str(i + 1) for i in range(n)]):
+            index = numbers.index(match[1])
+            if answers[index] is None:
+                answers[index] = match[2].strip()
+    return answers
+
+
+def _shots(data_dir: str | Path, task: str, shots: int, seed: int) -> list[Example]:
+    """Training examples for the prefix: answers of one line, prompts no longer than the median.
+
+    A numbered answer ends with its line, and every item carries the prefix, so long ones would leave no room.
+    """
+    if shots == 0:
+        return []
+    examples = load_split(data_dir, task, "train")
+    limit = statistics.median(len(example["prompt"]) for example in examples) if examples else 0
+    fitting = [e for e in examples if len(e["prompt"]) <= limit and "\n" not in e["response"]]
+    if len(fitting) < shots:
+        raise DataError(
+            f"{shots} shots of {task} need as many training examples with one-line answers and {data_dir} has "
+            f"{len(fitting)}: ask for fewer shots or prepare more."
+        )
+    return stable_rng(seed, "shots", task).sample(fitting, shots)
+
+
+def _few_shot_prefix(columns: list[list[Example]], shots: int) -> str:
+    if shots == 0:
+        return ""
+    text = ""
+    for shot in range(shots):
+        examples = [column[shot] for column in columns]
+        questions = "\n".join(example["prompt"] for example in examples)
+        answers = "\n".join(f"{number}. {example['response']}" for number, example in enumerate(examples, 1))
+        text += f"\nExample {shot + 1}:\n\n{questions}\n{answers}\n\n"
+    return text + "\nFollowing the example above, generate answers to the questions below:\n\n"

@@ -1,0 +1,104 @@
+"""Tasks from the Hugging Face hub: the six that BIG-bench lacks, and the authors' own prepared data.
+
+Everything goes through `datasets.load_dataset`. With `mirror`, a folder holding copies of the dataset repositories as
+`<owner>/<name>`, the same calls read from there instead of the network.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import DataError, DownloadError
+from .splits import Example
+from .tasks import Task
+
+AUTHORS_DATASET = "NJUDeepEngine/meteora_dataset"
+"""The paper's data: one folder a task with train.jsonl and test.jsonl, rows {"prompt", "response"}."""
+
+
+def load_hub_task(task: Task, mirror: str | Path | None = None) -> tuple[list[Example], list[Example] | None]:
+    """All examples of a hub task as (training part, test part or None if the source publishes none).
+
+    Raises:
+        DownloadError: the data set cannot be had (no network, no access), naming task and repository.
+        DataError: its rows lack an expected field.
+    """
+    splits = _load(task.hub_path, mirror, task.name, name=task.hub_config)
+    examples = {
+        split: _examples(task, split, splits[split]) for split in ("train", "test") if split in splits
+    }
+    return _parts(examples, task.name, task.hub_path)
+
+
+def load_authors_task(task: Task, mirror: str | Path | None = None) -> tuple[list[Example], list[Example] | None]:
+    """Like `load_hub_task`, for any of the 28 tasks, from the authors' prepared data; its rows list no choices."""
+    splits = _load(AUTHORS_DATASET, mirror, task.name, data_dir=task.name)
+    examples = {}
+    for split in ("train", "test"):
+        if split in splits:
+            rows = enumerate(splits[split])
+            examples[split] = [
+                _example(task, f"{split}/{index}", _field(row, "prompt", task), _field(row, "response", task))
+                for index, row in rows
+            ]
+    return _parts(examples, task.name, AUTHORS_DATASET)
+
+
+def _load(path: str, mirror: str | Path | None, task: str, **arguments):
+    import datasets  # here: it is only needed for the hub and takes a second to import
+
+    location = path if mirror is None else str(Path(mirror) / path)
+    if mirror is not None and not Path(location).is_dir():
+        raise DownloadError(f"Task {task} needs the data set {path}, and {location} does not exist: copy it there.")
+    try:
+        return datasets.load_dataset(location, **arguments)
+    # `datasets` passes on errors of half a dozen libraries (connection, HTTP status, missing repository, offline
+    # mode, broken file); to the reader they all mean that this data set cannot be had now.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DownloadError(
+            f"Task {task} needs the data set {path} from the Hugging Face hub, which could not be read ({reason}): "
+            "check the network and your access, or leave the task out."
+        ) from error
+
+
+def _parts(examples: dict[str, list[Example]], task: str, path: str) -> tuple[list[Example], list[Example] | None]:
+    if not examples.get("train"):
+        raise DataError(f"The data set {path} has no training examples for {task}: it is not the expected one.")
+    return examples["train"], examples.get("test")
+
+
+def _examples(task: Task, split: str, rows: Iterable[dict]) -> list[Example]:
+    examples = []
+    for index, row in enumerate(rows):
+        fields = _flatten(row)
+        try:
+            prompt = task.prompt_template.format(**fields)
+            response = task.response_template.format(**fields)
+        except KeyError as error:
+            raise DataError(
+                f"The data set {task.hub_path} has no field {error} for task {task.name}; it has {', '.join(fields)}."
+            ) from error
+        examples.append(_example(task, f"{split}/{index}", f"[INST] {prompt} [/INST]\n", response.strip()))
+    # Alpaca has a few rows without an answer; there is nothing to learn or to score in them.
+    return [example for example in examples if example["response"]]
+
+
+def _flatten(row: dict) -> dict:
+    """A row's fields by the names the templates use: translations side by side, alpaca's input below its instruction."""
+    if "translation" in row:
+        return row["translation"]
+    if row.get("input"):
+        return {**row, "instruction": f"{row['instruction']}\n{row['input']}"}
+    return row
+
+
+def _example(task: Task, identifier: str, prompt: str, response: str) -> Example:
+    return {
+        "task": task.name, "id": f"{task.name}/{identifier}", "prompt": prompt, "response": response, "choices": None,
+    }  # fmt: skip
+
+
+def _field(row: dict, name: str, task: Task) -> str:
+    if name not in row:
+        raise DataError(f"The data set {AUTHORS_DATASET} has no field {name!r} for task {task.name}.")
+    return row[name]
