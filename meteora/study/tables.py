@@ -82,7 +82,7 @@ def table1(independent: pd.DataFrame) -> pd.DataFrame:
         part = means[means["metric"] == metric]
         cells = {label(row.method): interval_text(row.value, row.low, row.high) for row in part.itertuples()}
         count = part["tasks"].iloc[0]
-        heading = f"{METRIC_LABELS.get(metric, metric)} ({count} task{'s' * (count > 1)})"
+        heading = f"{METRIC_LABELS.get(metric, metric)} ({count} task{'' if count == 1 else 's'})"
         table[heading] = table["method"].map(cells)
     return table.fillna("")
 
