@@ -186,7 +186,9 @@ class _AdapterTrainer:
             A, B = (self.best_A, self.best_B) if task in self.held_out else (self.A, self.B)
             result[name] = {
                 module: LoraWeights(
-                    A[n][self._columns(task)].detach(), B[n][:, self._columns(task)].detach() / self.scaling, self.scaling
+                    A[n][self._columns(task)].detach(),
+                    B[n][:, self._columns(task)].detach() / self.scaling,
+                    self.scaling,
                 )
                 for n, module in enumerate(self.model.layers)
             }

@@ -133,7 +133,9 @@ def _locate(name: str, source: str) -> Path:
         try:
             directory = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
         except HFValidationError as error:
-            raise AdapterError(f"adapter {name!r}: there is no directory {source}, and it is no hub id either.") from error
+            raise AdapterError(
+                f"adapter {name!r}: there is no directory {source}, and it is no hub id either."
+            ) from error
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise AdapterError(
                 f"adapter {name!r}: there is no directory {source}, and the hub did not give it "
@@ -157,7 +159,9 @@ def _read_config(name: str, directory: Path) -> dict:
         raise AdapterError(f"adapter {name!r} is of type {config.get('peft_type')!r}; only LORA adapters can be mixed.")
     for option in _UNSUPPORTED_OPTIONS:
         if config.get(option):
-            raise AdapterError(f"adapter {name!r} uses {option}={config[option]!r}, which a mixture of LoRAs cannot add.")
+            raise AdapterError(
+                f"adapter {name!r} uses {option}={config[option]!r}, which a mixture of LoRAs cannot add."
+            )
     if config.get("bias", "none") != "none":
         raise AdapterError(f"adapter {name!r} uses bias={config['bias']!r}; only bias='none' can be mixed.")
     init = str(config.get("init_lora_weights")).lower()

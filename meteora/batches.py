@@ -50,10 +50,14 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
     for n, row in enumerate(rows):
         missing = {"prompt", "response", "task"} - set(row)
         if missing:
-            raise ValueError(f"row {n} of the dataset has no {sorted(missing)[0]!r}; each needs prompt, response, task.")
+            raise ValueError(
+                f"row {n} of the dataset has no {sorted(missing)[0]!r}; each needs prompt, response, task."
+            )
         if row["task"] not in task_ids:
             known = ", ".join(map(repr, task_ids))
-            raise ValueError(f"row {n} of the dataset is of task {row['task']!r}, for which there is no adapter ({known}).")
+            raise ValueError(
+                f"row {n} of the dataset is of task {row['task']!r}, for which there is no adapter ({known})."
+            )
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         response = response[-max_length + 1 :]
         prompt = tokenizer(row["prompt"])["input_ids"][-(max_length - len(response)) :]
@@ -71,7 +75,9 @@ def by_task(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
     return dict(sorted(groups.items()))
 
 
-def balanced_steps(groups: Mapping[int, Sequence[Sample]], per_task: int, steps: int, seed: int) -> Iterator[list[Sample]]:
+def balanced_steps(
+    groups: Mapping[int, Sequence[Sample]], per_task: int, steps: int, seed: int
+) -> Iterator[list[Sample]]:
     """Yield ``steps`` lists with ``per_task`` samples of every task; each task goes round in its own shuffled order."""
     streams = [_shuffled_forever(samples, seed * 100_003 + task) for task, samples in groups.items()]
     for _ in range(steps):

@@ -49,7 +49,7 @@ class MeteoraConfig:
 
     Args:
         top_k: adapters mixed per token and layer; ``None`` means min(2, number of adapters).
-        temperature: divides the chosen logits before their softmax; 1 alone, 15/20/30 for composite-3/5/10 in the paper.
+        temperature: divides the chosen logits before their softmax (paper: 1, and 15/20/30 for composite-3/5/10).
         backend: ``loop``, ``bmm``, ``dense``, ``triton``, or ``auto`` for the fastest there is on the device.
     """
 

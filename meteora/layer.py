@@ -154,4 +154,6 @@ class MeteoraLinear(nn.Module):
             self.state.warning = None
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, adapters={self.gate.out_features}, R={len(self.lora_A)}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, adapters={self.gate.out_features}, R={len(self.lora_A)}"
+        )
