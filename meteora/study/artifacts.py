@@ -65,15 +65,15 @@ STAGES = {
 
 def find_stage(name: str) -> Stage:
     """The stage of a number (``"02"`` or ``"2"``) or of a notebook's name."""
-    number = name[:2].rstrip("_").zfill(2)
-    if number not in STAGES or (len(name) > 2 and name.removesuffix(".ipynb") != STAGES[number].notebook):
+    number = name[:2].zfill(2)
+    if not name or number not in STAGES or (len(name) > 2 and name.removesuffix(".ipynb") != STAGES[number].notebook):
         raise ArtifactError(f"there is no notebook {name!r}; there are {', '.join(s.notebook for s in STAGES.values())}.")
     return STAGES[number]
 
 
-def existing_stages() -> list[Stage]:
-    """The stages whose notebooks are in notebooks/, in the order in which they run."""
-    return [stage for stage in STAGES.values() if (NOTEBOOKS / f"{stage.notebook}.ipynb").is_file()]
+def existing_stages(notebooks: Path = NOTEBOOKS) -> list[Stage]:
+    """The stages whose notebooks are in that folder, in the order in which they run."""
+    return [stage for stage in STAGES.values() if (notebooks / f"{stage.notebook}.ipynb").is_file()]
 
 
 class Workspace:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.errors import UnknownTaskError
 from data_prep.tasks import get_task
 from meteora.config import BACKENDS, AdapterTrainingConfig, GateTrainingConfig
 
@@ -203,7 +204,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Profile:
-    """One run of the study. ``root`` is where artifacts/ and results/ go (default: the repository)."""
+    """One run of the study.
+
+    Attributes:
+        root: where artifacts/ and results/ go (default: the repository).
+        cache: where downloads are kept (default: ~/.cache/meteora).
+    """
 
     name: str
     description: str
@@ -221,6 +227,7 @@ class Profile:
     seed: int = 0
     threads: int | None = None
     root: str | None = None
+    cache: str | None = None
 
     def gate_config(self) -> GateTrainingConfig:
         """How the gates are trained: the fields of ``gates``, with the profile's seed unless they have one."""
@@ -268,7 +275,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         return _build(Profile, values, "")
     except yaml.YAMLError as error:
         raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except ValueError as error:
+    except (ValueError, UnknownTaskError) as error:
         raise ProfileError(f"{path.name}: {str(error).rstrip('.')}.") from error
 
 

@@ -1,0 +1,119 @@
+"""Running one notebook without a browser: papermill, on this very Python, with a progress bar that shows what it prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+from papermill import execute_notebook
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from meteora.study.artifacts import write_text
+from meteora.study.records import RunError
+
+logger = logging.getLogger(__name__)
+
+
+class NotebookError(RunError):
+    """A notebook that failed; the message names it, the cell, and the error."""
+
+
+class _OwnKernel(AsyncKernelManager):
+    """Always the Python that is running: a kernel called python3 may be registered elsewhere, for another one."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        # tqdm advises to install ipywidgets, whose bars would be missing from a page that nobody's browser runs
+        return KernelSpec(**get_kernel_dict(), env={"PYTHONWARNINGS": "ignore:IProgress not found"})
+
+
+class _LastLine:
+    """A text stream that shows the last line written to it beside a progress bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def write(self, text: str) -> None:
+        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        if lines and self._bar is not None:
+            self._bar.set_postfix_str(lines[-1][:100])
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+class _Engine(NBClientEngine):
+    """papermill's own engine on `_OwnKernel`, its bar showing what the notebook prints."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
+        options["stdout_file"] = options["stderr_file"] = _LastLine(nb_man.pbar)
+        return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_OwnKernel, **options)
+
+
+papermill_engines.register("study", _Engine)
+
+
+def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[str, Any], *, progress: bool = True) -> None:
+    """Execute a notebook in its own folder; ``executed`` (.ipynb) and ``page`` (.html) appear only if it ran to its end.
+
+    Raises:
+        NotebookError: if a cell failed; what was executed is then beside ``executed``, named ``*.failed.ipynb``.
+    """
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    partial = executed.with_name(f".{executed.name}.{os.getpid()}.ipynb")
+    failed = executed.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    # disable=None: no bar where the output is not a terminal
+    bar = {"desc": f"  {notebook.stem}", "leave": False, "disable": None if progress else True, "dynamic_ncols": True}
+    bar["bar_format"] = "{desc} {bar:12} cell {n_fmt}/{total_fmt} {elapsed}{postfix}"
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        node = execute_notebook(
+            notebook,
+            partial,
+            parameters=parameters,
+            engine_name="study",
+            kernel_name="python3",
+            cwd=notebook.parent,
+            progress_bar=bar,
+        )
+        _keep_last_of_line(node)
+        write_text(page, _to_html(node, notebook))
+        os.replace(partial, executed)
+    except PapermillExecutionError as error:
+        os.replace(partial, failed)
+        last = (error.evalue.strip().splitlines() or [""])[-1]
+        raise NotebookError(f"{notebook.name}, cell {error.cell_index}: {error.ename}: {last} (see {failed})") from error
+    except DeadKernelError as error:
+        raise NotebookError(
+            f"{notebook.name}: its Python process died, most likely for lack of memory; free some, or lower the "
+            "profile's batch sizes."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _keep_last_of_line(node: Any) -> None:
+    """Of a text that was overwritten in place, such as a progress bar, keep what stood there in the end."""
+    for cell in node.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                lines = output.text.split("\n")
+                output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+
+
+def _to_html(node: Any, notebook: Path) -> str:
+    """One HTML file with its pictures inside."""
+    config = Config({"HTMLExporter": {"embed_images": True}})
+    resources = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
+    return HTMLExporter(config=config).from_notebook_node(node, resources=resources)[0]

@@ -1,0 +1,109 @@
+"""What a run would do, download and take, told without starting anything."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.sources import BIGBENCH, SMOLLM2, PackageFile, cache_root
+from data_prep.tasks import get_task
+from meteora.study.artifacts import Stage, Workspace
+from meteora.study.profiles import Profile
+from meteora.study.records import Records
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something that comes over the network: ``size`` in bytes, ``None`` if only its source knows."""
+
+    what: str
+    size: int | None
+    cached: bool
+
+
+def downloads(profile: Profile) -> list[Download]:
+    """Everything a run of this profile reads from the network, and whether the caches hold it already."""
+    found = []
+    if profile.model.source == "smollm2-135m":
+        found.append(_package("base model SmolLM2-135M-Instruct", SMOLLM2, profile.cache))
+    elif profile.model.source != "tiny" and not Path(profile.model.source).expanduser().is_dir():
+        found.append(_hub("base model", "models", profile.model.source))
+    tasks = [get_task(name) for name in profile.tasks]
+    bigbench = [task for task in tasks if task.source == "bigbench"]
+    if bigbench:
+        found.append(_package(f"{len(bigbench)} BIG-bench tasks", BIGBENCH, profile.cache))
+    for repository in sorted({task.hub_path for task in tasks if task.hub_path}):
+        names = ", ".join(task.name for task in tasks if task.hub_path == repository)
+        found.append(_hub(f"task {names}", "datasets", repository))
+    return found
+
+
+def _package(what: str, file: PackageFile, cache: str | None) -> Download:
+    cached = (cache_root(cache) / "downloads" / file.filename).is_file()
+    return Download(f"{what}: {file.filename} from the package index", file.size, cached)
+
+
+def _hub(what: str, kind: str, repository: str) -> Download:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = (Path(HF_HUB_CACHE) / f"{kind}--{repository.replace('/', '--')}").is_dir()
+    return Download(f"{what}: {repository} from the Hugging Face hub", None, cached)
+
+
+def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | None = None) -> str:
+    """The whole plan as text."""
+    profile, records = workspace.profile, records or Records(workspace)
+    lines = [
+        f"Profile {profile.name}: {profile.description}",
+        f"  model {profile.model.source} ({profile.model.dtype}, device {profile.model.device}), {len(profile.tasks)} tasks",
+        f"  files go to {workspace.artifacts} and {workspace.results}",
+        "",
+        "Notebooks:",
+    ]
+    for stage in stages:
+        reason = records.why_run(stage)
+        lines.append(f"  {stage.notebook}: " + (f"would run, as {reason}" if reason else "would be skipped, up to date"))
+    lines += ["", f"Downloads (kept in {cache_root(profile.cache)} and the Hugging Face cache):"]
+    missing = downloads(profile)
+    for download in missing:
+        size = "size known to the hub" if download.size is None else f"{download.size / 1e6:,.0f} MB"
+        lines.append(f"  {'cached ' if download.cached else 'missing'}  {download.what}, {size}")
+    if not missing:
+        lines.append("  none")
+    total = sum(d.size or 0 for d in missing if not d.cached)
+    unknown = sum(d.size is None and not d.cached for d in missing)
+    lines.append(f"  to download: {total / 1e6:,.0f} MB" + (f" and {unknown} of unknown size" if unknown else ""))
+    lines += ["", "Estimates:", *_estimates(workspace, total)]
+    return "\n".join(lines)
+
+
+def _estimates(workspace: Workspace, download_bytes: int) -> list[str]:
+    needs = workspace.profile.needs
+    memory = _available_memory()
+    lines = [
+        f"  needs   {needs.device}",
+        f"  disk    {needs.disk_gb + download_bytes / 1e9:.1f} GB, {_free_disk(workspace.root) / 1e9:.1f} GB are free",
+        f"  memory  {needs.memory_gb:g} GB" + (f", {memory / 1e9:.1f} GB are available" if memory else ""),
+        f"  time    {needs.minutes:g} minutes on that, downloads aside",
+    ]
+    if needs.gpu_memory_gb:
+        lines.insert(3, f"  GPU     {needs.gpu_memory_gb:g} GB")
+    return lines
+
+
+def _free_disk(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _available_memory() -> int | None:
+    """Bytes, or ``None`` where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
