@@ -1,0 +1,66 @@
+"""From answers to rows of metrics: every metric a task has, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.tasks import get_task
+from meteora.study.scoring import (
+    ROUGE_METRICS,
+    bleu_from_statistics,
+    bleu_statistics,
+    corpus_bleu_published,
+    rouge_scores,
+    score,
+)
+from meteora.study.statistics import bootstrap_interval, corpus_interval
+
+Example = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+def interval_row(metric: str, values: Sequence[float]) -> Row:
+    """`metric,value,low,high,n` of a mean over samples."""
+    value, low, high = bootstrap_interval(values)
+    return {"metric": metric, "value": value, "low": low, "high": high, "n": len(values)}
+
+
+def references(example: Example) -> list[str]:
+    """All answers that count as right: `references` where an example has several, else its one response."""
+    return example.get("references") or [example["response"]]
+
+
+def strict_scores(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+    """1.0 or 0.0 per example by the strict accuracy of its task; examples of tasks without one are left out."""
+    pairs = zip(examples, answers, strict=True)
+    tasks = {example["task"]: get_task(example["task"]) for example in examples}
+    return [
+        score(tasks[example["task"]], answer, references(example), example["choices"])
+        for example, answer in pairs
+        if tasks[example["task"]].accuracy is not None
+    ]
+
+
+def task_rows(examples: Sequence[Example], answers: Sequence[str]) -> list[Row]:
+    """All metrics of the answers to examples of *one* task.
+
+    `bleu_published` scores a single answer (see `scoring`), so it has no interval.
+    """
+    task = get_task(examples[0]["task"])
+    rows: list[Row] = []
+    if task.accuracy is not None:
+        rows.append(interval_row("accuracy", strict_scores(examples, answers)))
+    right = [references(example) for example in examples]
+    if "bleu" in task.text_metrics:
+        counts = np.stack([bleu_statistics(a, r) for a, r in zip(answers, right, strict=True)])
+        value, low, high = corpus_interval(lambda drawn: bleu_from_statistics(counts[drawn].sum(0)), len(answers))
+        rows.append({"metric": "bleu", "value": value, "low": low, "high": high, "n": len(answers)})
+        published = corpus_bleu_published(answers, right)
+        rows.append({"metric": "bleu_published", "value": published, "low": None, "high": None, "n": len(answers)})
+    if "rouge" in task.text_metrics:
+        scores = [rouge_scores(a, r) for a, r in zip(answers, right, strict=True)]
+        rows += [interval_row(metric, [row[metric] for row in scores]) for metric in ROUGE_METRICS]
+    return rows
