@@ -15,16 +15,22 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
     What lies at ``path`` stays readable inside the block.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(new, ignore_errors=True)  # a killed process of the same number, as in a container, may have left one
     new.mkdir()
     try:
         yield new
         if path.exists():
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
