@@ -59,8 +59,10 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
                 f"row {n} of the dataset is of task {row['task']!r}, for which there is no adapter ({known})."
             )
         response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        response = response[-max_length + 1 :]
+        response = response[: max_length - 1]
         prompt = tokenizer(row["prompt"])["input_ids"][-(max_length - len(response)) :]
+        if not prompt:
+            raise ValueError(f"row {n} of the dataset has an empty prompt; a response needs a token before it.")
         samples.append(Sample(prompt + response, len(prompt), task_ids[row["task"]]))
     if not samples:
         raise ValueError("the dataset is empty; give at least one row.")

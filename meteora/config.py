@@ -40,7 +40,7 @@ def _check_count(name: str, value: int, minimum: int = 1) -> None:
 
 def _check_rate(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number in [{low}, {high}], not {value!r}.")
+        raise ValueError(f"{name} must be a number of {low} to {high}, not {value!r}.")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class TrainingConfig:
         samples_per_step: samples of *each* task in one optimiser step, so that every step is balanced.
         tokens_per_batch: the padded tokens that one forward pass may hold; a step is cut into as many micro-batches as
             that needs. Changes memory and speed, not the result.
-        max_length: tokens; longer samples lose the *beginning* of their prompt, never the response.
+        max_length: tokens; longer samples lose the *beginning* of their prompt, and only then the end of the response.
         learning_rate: peak, reached after ``warmup`` (a share of the steps), then a cosine to zero.
         max_grad_norm: clips the gradient's norm (each adapter's own when adapters are trained).
         seed: of the shuffling and of the fresh weights.
@@ -92,14 +92,16 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rate("epochs", self.epochs)
+        _check_rate("epochs", self.epochs, high=1e6)
         if self.max_steps is not None:
             _check_count("max_steps", self.max_steps)
-        for name in ("samples_per_step", "tokens_per_batch", "max_length"):
+        for name in ("samples_per_step", "tokens_per_batch"):
             _check_count(name, getattr(self, name))
+        _check_count("max_length", self.max_length, minimum=2)
         _check_count("seed", self.seed, minimum=0)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            _check_rate(name, getattr(self, name))
+        _check_rate("max_grad_norm", self.max_grad_norm)
+        for name in ("learning_rate", "weight_decay"):
+            _check_rate(name, getattr(self, name), high=1e6)
         _check_rate("warmup", self.warmup, high=1.0)
 
 
@@ -123,7 +125,7 @@ class GateTrainingConfig(TrainingConfig):
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
-        _check_rate("beta", self.beta)
+        _check_rate("beta", self.beta, high=1e6)
 
 
 @dataclass
@@ -148,7 +150,7 @@ class AdapterTrainingConfig(TrainingConfig):
         super().__post_init__()
         _check_count("rank", self.rank)
         _check_count("evaluate_every", self.evaluate_every)
-        _check_rate("alpha", self.alpha)
+        _check_rate("alpha", self.alpha, low=1e-6, high=1e6)
         if not self.target_modules or isinstance(self.target_modules, str):
             raise ValueError("target_modules must list at least one linear layer, such as ('q_proj', 'v_proj').")
         self.target_modules = tuple(self.target_modules)
