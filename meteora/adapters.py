@@ -37,7 +37,7 @@ _UNSUPPORTED_OPTIONS = (
     "kasa_config",
     "monteclora_config",
 )
-# These initialisations subtract from the base weights at the start of training, so the adapter fits only a changed base.
+# These initialisations change the base weights at the start of training, so the adapter fits only that changed base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -80,7 +80,9 @@ def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, 
         folder = Path(adapters)
         if not folder.is_dir():
             raise AdapterError(f"{folder} is not a folder; give a folder of PEFT directories, or a dict name -> path.")
-        found = {unquote(p.parent.name): str(p.parent) for p in sorted(folder.glob(f"*/{CONFIG_FILE}"))}
+        # Names never begin with a dot (adapter_directory escapes it): such a folder is one being written.
+        folders = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if path.parent.name[0] != "."]
+        found = {unquote(path.name): str(path) for path in folders}
         if not found:
             raise AdapterError(f"{folder} holds no PEFT directory (none of its folders has an {CONFIG_FILE}).")
         return found
@@ -155,6 +157,8 @@ def _read_config(name: str, directory: Path) -> dict:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"adapter {name!r}: {directory / CONFIG_FILE} is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"adapter {name!r}: {directory / CONFIG_FILE} is not a PEFT configuration.")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"adapter {name!r} is of type {config.get('peft_type')!r}; only LORA adapters can be mixed.")
     for option in _UNSUPPORTED_OPTIONS:
@@ -194,12 +198,17 @@ def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> 
             )
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             raise AdapterError(f"adapter {name!r}: module {module!r} holds NaN or infinite weights.")
-        modules[module] = LoraWeights(A, B, _scaling(config, module, A.shape[0]))
+        rank, alpha = (_module_option(config, option, module) for option in ("r", "lora_alpha"))
+        if rank != A.shape[0]:
+            raise AdapterError(
+                f"adapter {name!r}: module {module!r} has rank {A.shape[0]}, but {CONFIG_FILE} says {rank}; "
+                "the two files do not belong together."
+            )
+        modules[module] = LoraWeights(A, B, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     return modules
 
 
-def _scaling(config: dict, module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with PEFT's per-module alpha pattern."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+def _module_option(config: dict, option: str, module: str) -> float:
+    """The ``r`` or ``lora_alpha`` of one module: PEFT's pattern where one fits its name, else the adapter's own."""
+    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[option]) or {}
+    return patterns.get(get_pattern_key(patterns.keys(), module), config.get(option, 8))  # 8 is PEFT's default of both
