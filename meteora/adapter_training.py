@@ -62,6 +62,7 @@ def train_adapters(
                 facts = {"training samples": count, "steps": trainer.run.steps, **trainer.best_facts(name)}
                 _write_adapter(adapter_directory(output_dir, name), name, weights, base_model, config, facts)
             trainer.run.forget_checkpoint()
+        trainer.run.accelerator.wait_for_everyone()  # so that every process finds what the main one wrote
     finally:
         model.unload()
     return history
@@ -72,7 +73,7 @@ class _AdapterTrainer:
 
     def __init__(self, model: MeteoraModel, config, groups, held_out, tokenizer, output_dir) -> None:
         self.model, self.config, self.held_out = model, config, held_out
-        self.run = TrainingRun(model, groups, config, tokenizer, output_dir)
+        self.run = TrainingRun(model, groups, config, tokenizer, output_dir, held_out=held_out)
         self.names = model.adapter_names
         self.scaling = config.alpha / config.rank
         for layer in model.layers.values():

@@ -57,7 +57,8 @@ class MixtureState:
     forced: ForcedAdapters | None = None
     trace: Trace | None = None
     gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
-    warning: str | None = None
+    warning: str | None = None  # said once, when untrained gates choose; None once they are trained
+    warned: bool = False
 
 
 class MeteoraLinear(nn.Module):
@@ -140,18 +141,21 @@ class MeteoraLinear(nn.Module):
             if state.gate_observer is not None:
                 state.gate_observer(self, tokens, logits)
             if routing is None:
-                self._warn_once()
+                if state.gate_observer is None:
+                    self._warn_once()
                 routing = route(logits, state.top_k, state.temperature)
             if state.trace is not None:
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
         mix = get_mix(state.backend)
         operands = (tensor.to(y.dtype) for tensor in (tokens, self.lora_A, self.lora_B))
-        return mix(y.reshape(-1, self.out_features), *operands, self.column_adapter, routing).view(y.shape)
+        # Autocast has done its part in choosing y's type; inside, it would mix types where y is not of its own.
+        with torch.autocast(y.device.type, enabled=False):
+            return mix(y.reshape(-1, self.out_features), *operands, self.column_adapter, routing).view(y.shape)
 
     def _warn_once(self) -> None:
-        if self.state.warning is not None:
+        if self.state.warning is not None and not self.state.warned:
             logger.warning(self.state.warning)
-            self.state.warning = None
+            self.state.warned = True
 
     def extra_repr(self) -> str:
         return (

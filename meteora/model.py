@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, list_adapters, load_adapter
+from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, list_adapters, load_adapter
 from meteora.backends import get_mix
 from meteora.config import MeteoraConfig, check_temperature, check_top_k
 from meteora.files import atomic_directory
@@ -59,10 +60,13 @@ class MeteoraModel(nn.Module):
         get_mix(config.backend)
         for adapter in self._adapters:
             _check_fit(base_model, adapter)
+        self._was_training = base_model.training
+        self._was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
         self.layers: dict[str, MeteoraLinear] = {}
         for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
             self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
+        self.train(self._was_training)
 
     @classmethod
     def from_adapters(
@@ -113,8 +117,19 @@ class MeteoraModel(nn.Module):
         """Write gates (safetensors), settings, the order of the adapters and the adapters themselves.
 
         With ``copy_adapters=False`` the adapters are only referred to, by where they lie and their sha256. The
-        directory appears complete or not at all.
+        directory appears complete or not at all; an earlier checkpoint there is replaced.
+
+        Raises:
+            FileExistsError: if the directory holds something else than a checkpoint.
+            AdapterError: if an adapter's file changed since it was loaded.
         """
+        check_free_for_checkpoint(directory)
+        target = Path(directory).resolve()
+        inside = [adapter.name for adapter in self._adapters if adapter.directory.resolve().is_relative_to(target)]
+        if inside and not copy_adapters:
+            raise AdapterError(
+                f"adapter {inside[0]!r} lies in {directory}, which would be replaced; leave out copy_adapters=False."
+            )
         with atomic_directory(directory) as parts:
             self._write_checkpoint(parts, copy_adapters)
 
@@ -128,6 +143,11 @@ class MeteoraModel(nn.Module):
                 (directory / entry["directory"]).mkdir(parents=True)
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     shutil.copyfile(adapter.directory / file, directory / entry["directory"] / file)
+                if file_sha256(directory / entry["directory"] / WEIGHTS_FILE) != adapter.sha256:
+                    raise AdapterError(
+                        f"adapter {adapter.name!r}: {adapter.directory / WEIGHTS_FILE} changed since it was loaded; "
+                        "load the model again."
+                    )
             else:
                 local = Path(adapter.source).expanduser()
                 entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
@@ -140,7 +160,10 @@ class MeteoraModel(nn.Module):
 
     @torch.no_grad()
     def _load_gates(self, path: Path) -> None:
-        gates = load_file(path)
+        try:
+            gates = load_file(path)
+        except SafetensorError as error:
+            raise AdapterError(f"{path} is corrupt ({error}); copy the checkpoint again.") from error
         if set(gates) != set(self.layers):
             odd = sorted(set(gates) ^ set(self.layers))[0]
             raise AdapterError(f"{path} does not match the adapters: a gate for {odd!r} is on one side only.")
@@ -149,6 +172,10 @@ class MeteoraModel(nn.Module):
                 raise AdapterError(
                     f"{path}: the gate of {name!r} has shape {tuple(gates[name].shape)}; "
                     f"expected {tuple(layer.gate.weight.shape)}."
+                )
+            if not torch.isfinite(gates[name]).all():
+                raise AdapterError(
+                    f"{path}: the gate of {name!r} holds NaN or infinite weights; train the gates again."
                 )
             layer.gate.weight = nn.Parameter(gates[name].to(layer.gate.weight.device))
 
@@ -168,11 +195,14 @@ class MeteoraModel(nn.Module):
         for module in _in_model_order(self.base_model, set(adapter.modules) - set(self.layers)):
             self._wrap(module, {index: adapter.modules[module]})
         self.state.warning = f"the gates were never trained for {name!r}; call train_gates on data that includes it."
+        self.state.warned = False
 
     def _wrap(self, module: str, weights: dict) -> None:
         linear = self.base_model.get_submodule(module)
-        # A quantised layer's weight has an integer type; the model's dtype is what it computes in.
-        dtype = linear.weight.dtype if linear.weight.is_floating_point() else self.base_model.dtype
+        # A quantised layer's weight has an integer or 8-bit type; the model's dtype is what it computes in.
+        dtype = linear.weight.dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            dtype = self.base_model.dtype
         layer = MeteoraLinear(linear, len(self._adapters), weights, self.state, dtype=dtype, name=module)
         parent, _, child = module.rpartition(".")
         setattr(self.base_model.get_submodule(parent), child, layer)
@@ -185,7 +215,9 @@ class MeteoraModel(nn.Module):
             parent, _, child = module.rpartition(".")
             setattr(self.base_model.get_submodule(parent), child, layer.base_layer)
         self.layers.clear()
-        return self.base_model
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        return self.base_model.train(self._was_training)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -213,11 +245,12 @@ class MeteoraModel(nn.Module):
         self.state.backend = backend
 
     def train(self, mode: bool = True) -> MeteoraModel:
-        """Training mode, without dropout: the base model is frozen, and noise in it would only blur the gates."""
+        """Training mode for this module alone: the base model is frozen, and noise in it would only blur the gates.
+
+        It stays in eval mode as a whole, since many models drop out through functions that ask their module's mode.
+        """
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+        self.base_model.eval()
         return self
 
     def forward(self, *args, **kwargs):
@@ -226,14 +259,20 @@ class MeteoraModel(nn.Module):
 
     def generate(self, *args, **kwargs):
         """The base model's ``generate``."""
-        settings = kwargs.get("generation_config") or self.base_model.generation_config
-        beams = kwargs.get("num_beams", settings.num_beams) or 1
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+
+        def setting(name: str) -> int:
+            """As ``generate`` resolves it: its own argument, else the configuration given, else the model's, else 1."""
+            sources = (given, self.base_model.generation_config)
+            values = [kwargs.get(name)] + [getattr(source, name, None) for source in sources]
+            return next((value for value in values if value is not None), 1)
+
+        beams = setting("num_beams")
         if self.state.trace is not None and beams > 1:
             raise ValueError("trace cannot follow beam search, which reorders the samples; use num_beams=1.")
         if self.state.forced is None:
             return self.base_model.generate(*args, **kwargs)
-        returned = kwargs.get("num_return_sequences", settings.num_return_sequences) or 1
-        self.state.forced.repeats = max(beams, returned)
+        self.state.forced.repeats = max(beams, setting("num_return_sequences"))
         try:
             return self.base_model.generate(*args, **kwargs)
         finally:
@@ -346,6 +385,16 @@ def _read_checkpoint(directory: Path) -> dict:
         saved = json.loads((directory / MODEL_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{directory / MODEL_FILE} is not valid JSON ({error}).") from error
-    if saved.get("format") != FORMAT:
-        raise AdapterError(f"{directory} has format {saved.get('format')!r}; this version reads format {FORMAT}.")
+    version = saved.get("format") if isinstance(saved, dict) else None
+    if version != FORMAT:
+        raise AdapterError(f"{directory} has format {version!r}; this version reads format {FORMAT}.")
     return saved
+
+
+def check_free_for_checkpoint(directory: str | Path) -> None:
+    """Raise ``FileExistsError`` if ``directory`` holds something that a checkpoint must not take the place of."""
+    directory = Path(directory)
+    if directory.is_dir() and ((directory / MODEL_FILE).is_file() or not any(directory.iterdir())):
+        return
+    if directory.exists():
+        raise FileExistsError(f"{directory} holds something else than a checkpoint; choose a new directory.")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteora.batches import Batch, Sample, by_task, encode
 from meteora.config import GateTrainingConfig
 from meteora.gating import gate_cross_entropy
 from meteora.layer import MeteoraLinear
-from meteora.model import MeteoraModel
+from meteora.model import MeteoraModel, check_free_for_checkpoint
 from meteora.training_loop import TrainingRun, response_losses
 
 
@@ -42,6 +45,8 @@ def train_gates(
         no use for it.
     """
     config = config or GateTrainingConfig()
+    if output_dir is not None:
+        check_free_for_checkpoint(output_dir)
     samples = encode(dataset, {n: i for i, n in enumerate(model.adapter_names)}, tokenizer, config.max_length)
     run = TrainingRun(model, by_task(samples), config, tokenizer, output_dir)
     gates = [layer.gate.weight for layer in model.layers.values()]
@@ -67,6 +72,7 @@ def train_gates(
     if output_dir is not None and run.accelerator.is_main_process:
         model.save_pretrained(output_dir)
         run.forget_checkpoint()
+    run.accelerator.wait_for_everyone()  # so that every process finds what the main one wrote
     return history
 
 
@@ -132,19 +138,20 @@ def _backbone(model: MeteoraModel) -> nn.Module:
 
 @contextmanager
 def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        for parameter, was_trainable in zip(parameters, before, strict=True):
+            parameter.requires_grad_(was_trainable)
             parameter.grad = None
 
 
 @contextmanager
 def _observed(model: MeteoraModel, observer: _GateLoss) -> Iterator[None]:
-    model.state.gate_observer, model.state.warning = observer, None
+    model.state.gate_observer = observer
     try:
         yield
     finally:
@@ -153,15 +160,19 @@ def _observed(model: MeteoraModel, observer: _GateLoss) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: MeteoraModel, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing, which transformers only does in training mode; nothing else depends on that mode here."""
-    if not wanted:
-        yield
-        return
-    was_training = model.training
-    model.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    """Recompute every decoder layer in the backward pass.
+
+    transformers' own switch works in training mode only, in which many models drop out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    if wanted and not layers:
+        raise ValueError(
+            f"{type(model.base_model).__name__} has no layers to checkpoint; set gradient_checkpointing=False."
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        model.base_model.gradient_checkpointing_disable()
-        model.train(was_training)
+        for layer in layers:
+            del layer.forward

@@ -34,6 +34,7 @@ class TrainingRun:
 
     Args:
         groups: task -> its samples.
+        held_out: likewise, what the run is evaluated on.
         output_dir: an interrupted run with the same arguments goes on from the state it left beside that directory.
     """
 
@@ -44,6 +45,8 @@ class TrainingRun:
         config: TrainingConfig,
         tokenizer,
         output_dir: str | Path | None,
+        *,
+        held_out: Mapping[int, Sequence[Sample]] | None = None,
     ) -> None:
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
@@ -59,7 +62,7 @@ class TrainingRun:
             output_dir = Path(output_dir)
             output_dir.parent.mkdir(parents=True, exist_ok=True)
             self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished.pt")
-        self._identity = _identity(config, groups, model)
+        self._identity = _identity(config, [groups, held_out or {}], model)
 
     def loop(
         self,
@@ -157,13 +160,16 @@ def response_losses(model: nn.Module, batch: Batch) -> Tensor:
     return losses.new_zeros(places.shape).masked_scatter(places, losses).sum(dim=1)
 
 
-def _identity(config: TrainingConfig, groups: Mapping[int, Sequence[Sample]], model: MeteoraModel) -> str:
+def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sample]]], model: MeteoraModel) -> str:
     """A hash of everything that decides the course of a run."""
-    digest = hashlib.sha256(json.dumps([type(config).__name__, asdict(config)]).encode())
-    for task, samples in groups.items():
-        digest.update(json.dumps([task, [sample.ids for sample in samples]]).encode())
+    settings = [type(config).__name__, asdict(config), model.top_k, model.state.temperature]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for groups in data:
+        for task, samples in groups.items():
+            digest.update(json.dumps([task, [[sample.prompt_length, sample.ids] for sample in samples]]).encode())
     for name, layer in model.layers.items():
         digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
         digest.update(layer.base_layer.weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        digest.update(layer.gate.weight.detach().float().cpu().numpy().tobytes())
     digest.update(json.dumps([[a.name, a.sha256] for a in model.adapters]).encode())
     return digest.hexdigest()
