@@ -1,17 +1,28 @@
-"""What tests of several modules share. Everything runs on one thread: the models are tiny, and tests run in parallel."""
+"""Settings of every test process, and what the tests of the core share."""
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# The models are tiny, and several test processes run at once.
 torch.set_num_threads(1)
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama of two layers, hidden size 32, vocabulary 64, the same one every time."""
+    return _llama()
+
+
+def _llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -26,3 +37,71 @@ def tiny_llama() -> LlamaForCausalLM:
         eos_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def make_adapter(directory, base_model, *, seed=0, dtype=torch.float32, **options):
+    """Write a PEFT adapter with random A and B for ``base_model`` (left as it is), and return its directory."""
+    torch.manual_seed(1000 + seed)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR, **options}
+    model = peft.get_peft_model(copy.deepcopy(base_model), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(str(directory))
+    return directory
+
+
+class CharacterTokenizer:
+    """One id a character; the pad id is the end-of-text id, as it is with SmolLM2."""
+
+    eos_token_id = pad_token_id = 2
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [3 + ord(character) % 61 for character in text]}
+
+
+@pytest.fixture(scope="session")
+def core():
+    """Helpers of the core's tests, as a fixture because test modules cannot import one another."""
+
+    def randomize_gates(model, seed=0, std=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in model.layers.values():
+            layer.gate.weight.data.normal_(std=std, generator=generator)
+        return model
+
+    def tokens(batch=3, length=7, seed=0):
+        return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+    def rows(tasks=("one", "two"), count=6):
+        return [
+            {"task": task, "prompt": f"{task} {n}? ", "response": (task[0] * 3 + "!")[: 1 + n % 4]}
+            for task in tasks
+            for n in range(count)
+        ]
+
+    return SimpleNamespace(
+        make_adapter=make_adapter, randomize_gates=randomize_gates, tokens=tokens, rows=rows,
+        Tokenizer=CharacterTokenizer, all_linear=ALL_LINEAR,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def mixed_adapters(tmp_path_factory):
+    """Four adapters of ``tiny_llama`` that differ in whatever PEFT lets differ: name -> directory."""
+    base = _llama()
+    folder = tmp_path_factory.mktemp("adapters")
+    options = {
+        "one": {},
+        "two. with/odd names ü": {"r": 2, "lora_alpha": 3, "use_rslora": True},
+        "three": {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 3},
+        "four": {
+            "target_modules": r".*layers\.1\..*(k_proj|o_proj|up_proj)",
+            "rank_pattern": {"up_proj": 6},
+            "alpha_pattern": {r"layers\.1\.self_attn\.k_proj": 1},
+        },
+    }
+    return {
+        name: str(make_adapter(folder / str(n), base, seed=n, **option))
+        for n, (name, option) in enumerate(options.items())
+    }
