@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from .errors import DataError, DownloadError
+from .hub import hub_answers
 from .sources import SMOLLM2, cache_root, require_free_space
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,11 @@ def convert_gguf(wheel: Path, member: str, folder: Path) -> Path:
 def _load_pretrained(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
         raise DataError(f"The directory {location} holds no config.json: name a model in Hugging Face format.")
+    # Without a network, a model that an earlier run has cached still loads, and a missing one is told at once.
+    local = Path(location).is_dir() or not hub_answers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, local_files_only=local)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DownloadError(

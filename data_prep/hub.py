@@ -4,12 +4,19 @@ Everything goes through `datasets.load_dataset`. With `mirror`, a folder holding
 `<owner>/<name>`, the same calls read from there instead of the network.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
+
+import huggingface_hub
 
 from .errors import DataError, DownloadError
 from .splits import Example
 from .tasks import Task
+
+logger = logging.getLogger(__name__)
+
+_PROBE_SECONDS = 5.0
 
 AUTHORS_DATASET = "NJUDeepEngine/meteora_dataset"
 """The paper's data: one folder a task with train.jsonl and test.jsonl, rows {"prompt", "response"}."""
@@ -43,12 +50,29 @@ def load_authors_task(task: Task, mirror: str | Path | None = None) -> tuple[lis
     return _parts(examples, task.name, AUTHORS_DATASET)
 
 
+def hub_answers() -> bool:
+    """Whether the hub can be reached now; asked first, as its own libraries retry for half a minute without it."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_PROBE_SECONDS)
+    # Whatever the HTTP library raises, offline mode included, the hub did not answer.
+    except Exception as error:
+        logger.info("The Hugging Face hub does not answer: %s", error)
+        return False
+    return True
+
+
 def _load(path: str, mirror: str | Path | None, task: str, **arguments):
     import datasets  # here: it is only needed for the hub and takes a second to import
 
     location = path if mirror is None else str(Path(mirror) / path)
     if mirror is not None and not Path(location).is_dir():
         raise DownloadError(f"Task {task} needs the data set {path}, and {location} does not exist: copy it there.")
+    # In offline mode the library looks into its cache at once, which is what was asked for.
+    if mirror is None and not huggingface_hub.constants.HF_HUB_OFFLINE and not hub_answers():
+        raise DownloadError(
+            f"Task {task} needs the data set {path} from the Hugging Face hub, which does not answer: check the "
+            "network, or set HF_HUB_OFFLINE=1 if an earlier run has cached it, or leave the task out."
+        )
     try:
         return datasets.load_dataset(location, **arguments)
     # `datasets` passes on errors of half a dozen libraries (connection, HTTP status, missing repository, offline

@@ -31,6 +31,7 @@ def prepare_tasks(
     sizes: dict[str, int | None],
     seed: int = 0,
     source: str = "auto",
+    max_characters: int | None = None,
     cache_dir: str | Path | None = None,
     hub_mirror: str | Path | None = None,
 ) -> dict:
@@ -45,12 +46,15 @@ def prepare_tasks(
         seed: seeds every choice of examples.
         source: "auto" (BIG-bench from the package index, the rest from the hub) or "authors" (the paper's prepared
             data on the hub).
+        max_characters: leaves out longer examples (prompt and response); one task of BIG-bench has prompts far beyond
+            any context window.
         cache_dir: see `sources.cache_root`.
         hub_mirror: a folder with copies of the hub's dataset repositories, see `hub`.
 
     Returns:
-        {"seed", "source", "sizes", "sources": {file or repository: sha256 or None},
-        "tasks": {name: {"category", "source", "counts": {split: n}, "sha256": {split: hash}, "available", "duplicates"}},
+        {"seed", "source", "sizes", "max_characters", "sources": {file or repository: sha256 or None},
+        "tasks": {name: {"category", "source", "counts": {split: n}, "sha256": {split: hash}, "available", "duplicates",
+        "too_long"}},
         "unavailable": {name: reason}}.
 
     Raises:
@@ -62,7 +66,7 @@ def prepare_tasks(
     # An interrupted run must not leave the manifest of an earlier one beside other files.
     (out_dir / MANIFEST).unlink(missing_ok=True)
     manifest: dict = {"seed": seed, "source": source, "sizes": {split: sizes.get(split) for split in SPLITS}}
-    manifest.update(sources={}, tasks={}, unavailable={})
+    manifest.update(max_characters=max_characters, sources={}, tasks={}, unavailable={})
     for name in tqdm(tasks, desc="prepare tasks", unit="task"):
         task = get_task(name)
         try:
@@ -74,10 +78,15 @@ def prepare_tasks(
             manifest["unavailable"][name] = str(error)
             continue
         manifest["sources"][origin] = digest
-        splits, counted = split_examples(train, test, task=name, seed=seed, sizes=sizes)
+        splits, counted = split_examples(
+            train, test, task=name, seed=seed, sizes=sizes, max_characters=max_characters
+        )
         empty = [split for split in SPLITS if not splits[split] and sizes.get(split) != 0]
         if empty:
-            raise DataError(f"Task {name} has too few examples ({counted['available']}) for a {empty[0]} split.")
+            raise DataError(
+                f"Task {name} has too few examples for a {empty[0]} split ({counted['available']}, of which "
+                f"{counted['too_long']} were longer than max_characters): leave the task out or raise the limit."
+            )
         manifest["tasks"][name] = {
             "category": task.category,
             "source": origin,
@@ -100,9 +109,12 @@ def load_split(data_dir: str | Path, task: str, split: str) -> list[Example]:
     """
     if split not in SPLITS:
         raise DataError(f"There is no split {split!r}; choose among {', '.join(SPLITS)}.")
-    path = Path(data_dir) / get_task(task).name / f"{split}.jsonl"
-    if not path.is_file():
-        raise DataError(f"Task {task} was not prepared in {data_dir}: run data_prep.prepare.prepare_tasks for it first.")
+    name = get_task(task).name
+    # Without a manifest a preparation was interrupted, and files of a task it does not name are from another one.
+    manifest = Path(data_dir) / MANIFEST
+    if not manifest.is_file() or name not in json.loads(manifest.read_text(encoding="utf-8"))["tasks"]:
+        raise DataError(f"Task {name} was not prepared in {data_dir}: run data_prep.prepare.prepare_tasks for it first.")
+    path = Path(data_dir) / name / f"{split}.jsonl"
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

@@ -39,6 +39,7 @@ def split_examples(
     task: str,
     seed: int,
     sizes: dict[str, int | None],
+    max_characters: int | None = None,
 ) -> tuple[dict[str, list[Example]], dict[str, int]]:
     """Splits one task's examples 80/20 into training and test, and takes a tenth of the 80 for validation.
 
@@ -48,10 +49,11 @@ def split_examples(
             adapters found elsewhere were trained on the other one.
         task, seed: seed every shuffle.
         sizes: cap of each split ("train", "valid", "test"); None or absent: all there is.
+        max_characters: longer examples (prompt and response) are left out before the caps.
 
     Returns:
-        The three lists, and {"available": examples given, "duplicates": how many had a prompt already seen}.
-        Where a prompt stands in both parts, test keeps it.
+        The three lists, and {"available": examples given, "duplicates": how many had a prompt already seen,
+        "too_long": how many were left out}. Where a prompt stands in both parts, test keeps it.
     """
     given = len(train) + len(test or ())
     if test is None:
@@ -64,8 +66,15 @@ def split_examples(
         test_pool = drop_duplicate_prompts(test, seen)
         train_pool = drop_duplicate_prompts(train, seen)
         stable_rng(seed, task, "test").shuffle(test_pool)
-    available = {"available": given, "duplicates": given - len(test_pool) - len(train_pool)}
+    counted = {"available": given, "duplicates": given - len(test_pool) - len(train_pool)}
     stable_rng(seed, task, "train").shuffle(train_pool)
     cut = int(len(train_pool) * VALIDATION_SHARE)
     pools = {"train": train_pool[cut:], "valid": train_pool[:cut], "test": test_pool}
-    return {split: pools[split][: sizes.get(split)] for split in SPLITS}, available
+    # Only now, so that an example is in the same split whatever the limit.
+    fitting = {split: [e for e in pool if _fits(e, max_characters)] for split, pool in pools.items()}
+    counted["too_long"] = sum(map(len, pools.values())) - sum(map(len, fitting.values()))
+    return {split: fitting[split][: sizes.get(split)] for split in SPLITS}, counted
+
+
+def _fits(example: Example, max_characters: int | None) -> bool:
+    return max_characters is None or len(example["prompt"]) + len(example["response"]) <= max_characters
