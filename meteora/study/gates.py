@@ -1,0 +1,115 @@
+"""How well the gates know the task: every gate by itself, and all gates of a token by majority."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from meteora import GateTrainingConfig, MeteoraModel
+from meteora.batches import Sample, balanced_steps, by_task, encode, micro_batches
+from meteora.study.measures import Example, Row
+from meteora.study.routing import split_module
+
+
+def encode_by_task(
+    model: MeteoraModel, tokenizer, examples: Mapping[str, Sequence[Example]], max_length: int
+) -> dict[int, list[Sample]]:
+    """Index of the adapter -> its encoded examples."""
+    ids = {name: n for n, name in enumerate(model.adapter_names)}
+    return by_task(encode([row for rows in examples.values() for row in rows], ids, tokenizer, max_length))
+
+
+def training_tokens(
+    model: MeteoraModel, tokenizer, examples: Mapping[str, Sequence[Example]], config: GateTrainingConfig, steps: int
+) -> int:
+    """How many tokens ``train_gates`` shows the gates in ``steps`` steps, prompts included and pads left out."""
+    groups = encode_by_task(model, tokenizer, examples, config.max_length)
+    drawn = balanced_steps(groups, config.samples_per_step, steps, config.seed)
+    return sum(len(sample.ids) for samples in drawn for sample in samples)
+
+
+class GateAccuracy(NamedTuple):
+    """Shares of the tokens that were given to the adapter of their sample's task.
+
+    Attributes:
+        gates: rows ``task, part, layer, module, accuracy, tokens``; part is prompt or response.
+        votes: rows ``task, part, accuracy, tokens`` of the model's majority: the adapter most gates put first.
+        positions: rows ``position, accuracy, tokens`` of the majority by the token's place in the text, from 0.
+    """
+
+    gates: list[Row]
+    votes: list[Row]
+    positions: list[Row]
+
+
+@torch.no_grad()
+def gate_accuracy(
+    model: MeteoraModel,
+    tokenizer,
+    examples: Mapping[str, Sequence[Example]],
+    *,
+    max_length: int = 1024,
+    tokens_per_batch: int = 2048,
+    progress: bool = True,
+) -> GateAccuracy:
+    """Compare every gate's largest logit with the sample's task, at every token that is no padding.
+
+    The model runs as it is set, on its own choices: no task is named to it, and an early mistake has its consequences.
+
+    Args:
+        examples: task -> rows {prompt, response, task}; every task is an adapter of the model.
+    """
+    device = next(model.parameters()).device
+    counts = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))  # key -> right, all
+    groups = encode_by_task(model, tokenizer, examples, max_length)
+    with tqdm(total=sum(map(len, groups.values())), desc="gate accuracy", unit="text", disable=not progress) as bar:
+        for task, samples in groups.items():
+            name = model.adapter_names[task]
+            for batch in micro_batches(samples, tokens_per_batch, tokenizer.pad_token_id, device):
+                with model.trace() as trace:
+                    model(
+                        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1
+                    )
+                real, response = batch.attention_mask.bool(), batch.labels >= 0
+                parts = {"prompt": real & ~response, "response": response}
+                ballots = torch.zeros(*real.shape, len(model.adapter_names), device=device)
+                for module, logits in trace.logits.items():
+                    choice = logits.argmax(-1)  # (B, S)
+                    ballots += torch.nn.functional.one_hot(choice, ballots.shape[-1])
+                    for part, where in parts.items():
+                        counts[name, part, module] += _right_and_all(choice == task, where)
+                right = ballots.argmax(-1) == task
+                for part, where in parts.items():
+                    counts[name, part] += _right_and_all(right, where)
+                for position, count in enumerate(_right_and_all(right, real, dim=0)):
+                    counts[position] += count
+                bar.update(len(batch.tasks))
+    return _rows(counts)
+
+
+def _right_and_all(right: torch.Tensor, where: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    return torch.stack([(right & where).sum(dim), where.sum(dim)], dim=-1).cpu()
+
+
+def _rows(counts: Mapping) -> GateAccuracy:
+    result = GateAccuracy([], [], [])
+    for key, (right, tokens) in counts.items():
+        values = {"accuracy": int(right) / max(1, int(tokens)), "tokens": int(tokens)}
+        if isinstance(key, int):
+            result.positions.append({"position": key, **values})
+        elif len(key) == 2:
+            result.votes.append({"task": key[0], "part": key[1], **values})
+        else:
+            layer, module = split_module(key[2])
+            result.gates.append({"task": key[0], "part": key[1], "layer": layer, "module": module, **values})
+    result.positions.sort(key=lambda row: row["position"])
+    return result
+
+
+def pooled_accuracy(rows: Sequence[Row]) -> float:
+    """The accuracy over all tokens that ``rows`` were counted on."""
+    return sum(row["accuracy"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
