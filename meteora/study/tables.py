@@ -69,7 +69,7 @@ def method_means(independent: pd.DataFrame) -> pd.DataFrame:
             part = by_method[method]
             value, low, high = part["value"].mean(), None, None
             if metric == "accuracy":
-                value, low, high = mean_over_tasks({task: _outcomes(row) for task, row in part.iterrows()})
+                _, low, high = mean_over_tasks({task: _outcomes(row) for task, row in part.iterrows()})
             rows.append((method, metric, value, low, high, len(part), int(part["n"].sum())))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "tasks", "n"])
 

@@ -1,0 +1,22 @@
+"""Every figure of the study: a function from the tidy rows of ``results/<profile>/metrics`` to a matplotlib figure."""
+
+from meteora.study.figures_benchmark import benchmark_over, figure5_total_time
+from meteora.study.figures_diagrams import figure1_framework, figure2_module
+from meteora.study.figures_results import composite_summary, figure3_dots, figure3_radar
+from meteora.study.figures_tokens import figure4_html, figure4_tokens
+from meteora.study.figures_training import adapter_curves, gate_curves, routing_heatmaps
+
+__all__ = [
+    "adapter_curves",
+    "benchmark_over",
+    "composite_summary",
+    "figure1_framework",
+    "figure2_module",
+    "figure3_dots",
+    "figure3_radar",
+    "figure4_html",
+    "figure4_tokens",
+    "figure5_total_time",
+    "gate_curves",
+    "routing_heatmaps",
+]

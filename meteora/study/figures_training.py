@@ -1,0 +1,135 @@
+"""Gates and adapters while they learn, and what the gates choose afterwards."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from meteora.study.figures_style import BLUE, GREY, ORANGE, PINK, legend_below, styled
+from meteora.study.tables import require_columns
+
+_LOSSES = {
+    "loss": ("total loss", "#000000", "-"),
+    "lm_loss": ("language-modelling loss", ORANGE, "-."),
+    "gate_loss": ("gate cross-entropy", BLUE, "--"),
+}
+
+
+@styled
+def gate_curves(gate_training: pd.DataFrame, *, adapters: int | None = None) -> Figure:
+    """Losses and gate accuracy over the steps, each step pale and a running mean over 5% of the steps on top.
+
+    Args:
+        gate_training: rows ``step,loss,lm_loss,gate_loss,gate_accuracy``; a loss that was not computed is empty.
+        adapters: draws the accuracy of a gate that guesses among so many.
+    """
+    require_columns(gate_training, ("step", "loss", "lm_loss", "gate_loss", "gate_accuracy"), "gate_training.csv")
+    figure = plt.figure(figsize=(8.5, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for column, (text, color, line) in _LOSSES.items():
+        _curve(left, gate_training["step"], gate_training[column], color, line, text)
+    left.set(xlabel="step (optimiser updates)", ylabel="loss (nats per token)", title="Loss")
+    left.set_ylim(bottom=0)
+    _curve(right, gate_training["step"], gate_training["gate_accuracy"], BLUE, "-", "gates' first choice")
+    if adapters:
+        right.axhline(1 / adapters, color=GREY, linestyle=":", label=f"guessing among {adapters}")
+    right.set(xlabel="step (optimiser updates)", ylabel="share of tokens and layers", title="Gate accuracy")
+    right.set_ylim(0, 1.02)
+    handles = [handle for axes in (left, right) for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+@styled
+def adapter_curves(history: pd.DataFrame) -> Figure:
+    """Every adapter's training loss (pale, with its running mean) and validation loss (marked), a panel an adapter.
+
+    Args:
+        history: rows ``step,task,split,loss``, split train or valid.
+    """
+    require_columns(history, ("step", "task", "split", "loss"), "adapter_training.csv")
+    tasks = list(dict.fromkeys(history["task"]))
+    columns = min(4, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = plt.figure(figsize=(0.6 + 2.5 * columns, 0.8 + 2.0 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
+    for axes, task in zip(grid.flat, tasks):
+        own = history[history["task"] == task]
+        train, valid = own[own["split"] == "train"], own[own["split"] == "valid"]
+        _curve(axes, train["step"], train["loss"], ORANGE, "-", "training")
+        if len(valid):
+            axes.plot(valid["step"], valid["loss"], color=BLUE, marker="o", markersize=3.5, label="validation")
+            best = valid.loc[valid["loss"].idxmin()]
+            axes.plot(best["step"], best["loss"], color=PINK, marker="*", markersize=10, linestyle="", label="kept")
+        axes.set_title(task, fontsize=9)
+        axes.set_ylim(bottom=0)
+    for axes in list(grid.flat)[len(tasks):]:
+        axes.set_visible(False)
+    for n, axes in enumerate(list(grid.flat)[: len(tasks)]):
+        if n + columns >= len(tasks):
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("step (optimiser updates)")
+    figure.supylabel("loss (nats per response token)", fontsize=9)
+    legend_below(figure, grid.flat[0])
+    return figure
+
+
+@styled
+def routing_heatmaps(routing: pd.DataFrame) -> Figure:
+    """What the gates choose: task by adapter; then a task's own adapter, task by layer and module by layer.
+
+    Args:
+        routing: rows ``layer,module,task,adapter,share``; the shares of one layer, module and task sum to 1.
+    """
+    require_columns(routing, ("layer", "module", "task", "adapter", "share"), "routing.csv")
+    tasks, adapters = list(dict.fromkeys(routing["task"])), list(dict.fromkeys(routing["adapter"]))
+    modules = list(dict.fromkeys(routing["module"]))
+    own = routing[routing["task"] == routing["adapter"]]
+    matrix = routing.pivot_table(index="task", columns="adapter", values="share").loc[tasks, adapters]
+    height = 1.2 + 0.2 * max(len(tasks), 6) + 0.05 * max(map(len, adapters))  # the latter for the slanted names
+    widths = [1.2 + 0.22 * len(adapters), 2.6, 2.6] if len(own) else [1.2 + 0.22 * len(adapters)]
+    figure = plt.figure(figsize=(sum(widths) + 3.2, height), layout="constrained")
+    panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    _heatmap(panels[0], matrix, "Routing weight by task", "adapter", "task", annotate=len(tasks) <= 8)
+    if len(own):
+        by_layer = own.pivot_table(index="task", columns="layer", values="share").reindex(tasks)
+        _heatmap(panels[1], by_layer, "Own adapter's weight by layer", "layer", "")
+        by_module = own.pivot_table(index="module", columns="layer", values="share").loc[modules]
+        _heatmap(panels[2], by_module, "Own adapter's weight by module", "layer", "")
+        panels[1].tick_params(labelleft=False)
+    figure.colorbar(panels[0].collections[0], ax=list(panels), label="share of routing weight", pad=0.01)
+    return figure
+
+
+def _heatmap(axes: Axes, matrix: pd.DataFrame, title: str, xlabel: str, ylabel: str, annotate: bool = False) -> None:
+    values = matrix.to_numpy(dtype=float)
+    edges = {"edgecolors": "white", "linewidth": 0.5} if annotate else {}
+    axes.pcolormesh(values, vmin=0, vmax=1, cmap="cividis", rasterized=True, **edges)
+    axes.invert_yaxis()
+    if annotate:
+        for (line, column), value in np.ndenumerate(values):
+            ink = "black" if value > 0.5 else "white"
+            axes.text(column + 0.5, line + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontsize=9)
+    axes.grid(visible=False)
+    if xlabel == "adapter":
+        places = np.arange(matrix.shape[1]) + 0.5
+        axes.set_xticks(places, matrix.columns, rotation=45, ha="right", rotation_mode="anchor")
+    else:
+        every = -(-matrix.shape[1] // 8)
+        axes.set_xticks(np.arange(0, matrix.shape[1], every) + 0.5, matrix.columns[::every], rotation=0)
+    axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, matrix.index, rotation=0)
+
+
+def _curve(axes: Axes, steps: pd.Series, values: pd.Series, color: str, line: str, text: str) -> None:
+    present = values.notna()
+    if not present.any():
+        return
+    steps, values = steps[present], values[present].astype(float)
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    smooth = values.rolling(max(1, len(values) // 20), min_periods=1).mean()
+    axes.plot(steps, smooth, color=color, linestyle=line, linewidth=1.8, label=text)

@@ -1,0 +1,330 @@
+"""Figures: what their axes hold, for 1 to 28 tasks, that labels do not overlap, and that the HTML escapes its text."""
+
+from __future__ import annotations
+
+import html
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+
+from data_prep.tasks import TASKS
+from meteora.study import figures
+from meteora.study.figures_style import METHOD_STYLES, PALETTE, adapter_colors, readable_on
+from meteora.study.figures_tokens import token_shade
+
+METHODS = ["base", "peft", "meteora_top1", "meteora_top2", "lora_b", "linear", "ties"]
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def independent(tasks, methods=METHODS):
+    rows = []
+    for t, task in enumerate(tasks):
+        for m, method in enumerate(methods):
+            value = (t + m + 1) / (len(tasks) + len(methods))
+            rows.append((task, method, "accuracy", value, value - 0.1, value + 0.1, 40))
+    return pd.DataFrame(rows, columns=["task", "method", "metric", "value", "low", "high", "n"])
+
+
+def benchmark(workload="layer"):
+    rows = []
+    for size in ((576, 576), (576, 1536)):
+        for adapters in (5, 28):
+            for tokens in (1, 16, 512):
+                for backend, factor in (("loop", 8.0), ("bmm", 2.0), ("dense", 1.0)):
+                    setting = (workload, backend, "forward", "eager", "uniform", 1)
+                    cell = (*setting, tokens, adapters, 8, 2, *size, "float32")
+                    time, memory = factor * tokens * adapters, factor * tokens * 2**20
+                    rows.append((*cell, "time_us", time, 0.9 * time, 1.2 * time))
+                    rows.append((*cell, "peak_bytes", memory, memory, memory))
+    names = (
+        "workload backend mode launch routing batch tokens adapters rank top_k in_features out_features dtype metric "
+        "value p20 p80"
+    )
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def routing(tasks, layers=3):
+    rows = []
+    for layer in range(layers):
+        for module in MODULES:
+            for task in tasks:
+                for adapter in tasks:
+                    own = 0.5 + 0.1 * layer
+                    share = own if task == adapter else (1 - own) / (len(tasks) - 1)
+                    rows.append((layer, module, task, adapter, share))
+    return pd.DataFrame(rows, columns=["layer", "module", "task", "adapter", "share"])
+
+
+def words(figure):
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def visible_axes(figure):
+    return [axes for axes in figure.axes if axes.get_visible()]
+
+
+def drawn(figure):
+    """Draw the figure, so that everything has its place, and return what measures it."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
+
+
+def overlapping(axis_labels, renderer):
+    boxes = [text.get_window_extent(renderer) for text in axis_labels if text.get_text()]
+    boxes = [box.shrunk(0.9, 0.7) for box in boxes]
+    return [(a, b) for n, a in enumerate(boxes) for b in boxes[n + 1 :] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 28])
+def test_radar_has_a_spoke_for_every_task_and_a_closed_line_for_every_method(count):
+    rows = independent(list(TASKS)[:count])
+    figure = figures.figure3_radar(rows)
+    [axes] = figure.axes
+    assert len(axes.get_xticks()) == count
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert list(lines) == ["PEFT (told the task)", "MeteoRA top-1", "MeteoRA top-2", "LoRA-B"]
+    values = rows[rows["method"] == "peft"].sort_values("task")["value"].tolist()
+    assert lines["PEFT (told the task)"].tolist() == [*values, values[0]]
+    shown = [label.get_text().replace("\n", "") for label in axes.get_xticklabels()]
+    assert shown == sorted(list(TASKS)[:count])
+    assert not overlapping(axes.get_xticklabels(), drawn(figure))
+
+
+@pytest.mark.parametrize("count", [2, 5, 28])
+def test_dots_are_sorted_by_peft_and_have_a_mean_on_top(count):
+    rows = independent(list(TASKS)[:count])
+    figure = figures.figure3_dots(rows)
+    [axes] = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    peft = rows[rows["method"] == "peft"].set_index("task")["value"]
+    assert labels == [*peft.sort_values().index, f"mean over {count} tasks"]
+    dots = {line.get_label(): line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "None"}
+    assert len(dots) == len(METHODS)
+    assert dots["PEFT (told the task)"] == pytest.approx([*peft.sort_values(), peft.mean()])
+    assert "95%" in axes.get_xlabel()
+    bars = axes.collections[0].get_segments()
+    assert bars[0][:, 0] == pytest.approx(rows.iloc[0][["low", "high"]].astype(float))
+    assert not overlapping(axes.get_yticklabels(), drawn(figure))
+
+
+def test_legends_lie_outside_the_axes():
+    for figure in (figures.figure3_radar(independent("abc")), figures.figure3_dots(independent("abc"))):
+        renderer = drawn(figure)
+        [legend] = figure.legends
+        assert not legend.get_window_extent(renderer).overlaps(figure.axes[0].get_window_extent(renderer))
+
+
+def test_composites_have_a_panel_for_each_protocol():
+    rows = []
+    for protocol, temperature, methods in (("guided", 15.0, METHODS[4:5]), ("sequential", 1.0, METHODS[1:2])):
+        for method in methods:
+            for metric, value in (("attempted", 3.0), ("correct", 1.25)):
+                rows.append((3, protocol, 0, temperature, "ALL", method, metric, value, value, value, 16))
+    columns = "composite protocol shots temperature subtask method metric value low high n".split()
+    figure = figures.composite_summary(pd.DataFrame(rows, columns=columns))
+    first, second = figure.axes
+    assert first.get_title() == "composite-3, guided\n0-shot, T = 15"
+    assert [label.get_text() for label in first.get_yticklabels()] == ["LoRA-B", "PEFT (told the task)"]
+    places = [x for line in second.get_lines() for x in np.atleast_1d(line.get_xdata()) if x == x]
+    assert places == [3.0, 1.25]
+    assert "of 3" in first.get_xlabel()
+    with pytest.raises(ValueError, match="no rows of sub-task ALL"):
+        figures.composite_summary(pd.DataFrame(rows, columns=columns).assign(subtask="winowhy"))
+
+
+def test_gate_curves_leave_out_a_loss_that_was_not_computed():
+    steps = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "lm_loss": [None] * 3})
+    steps = steps.assign(gate_loss=steps["loss"], gate_accuracy=[0.2, 0.5, 0.9])
+    loss, accuracy = figures.gate_curves(steps, adapters=5).axes
+    assert loss.get_legend_handles_labels()[1] == ["total loss", "gate cross-entropy"]
+    assert accuracy.get_lines()[-1].get_ydata()[0] == 0.2 and "5" in accuracy.get_lines()[-1].get_label()
+    assert accuracy.get_lines()[0].get_ydata().tolist() == [0.2, 0.5, 0.9]
+    assert "nats" in loss.get_ylabel()
+
+
+@pytest.mark.parametrize("count", [1, 6, 28])
+def test_adapter_curves_mark_what_was_kept(count):
+    rows = [(s, f"t{t}", "train", 1.0 / s) for t in range(count) for s in range(1, 5)]
+    rows += [(s, f"t{t}", "valid", loss) for t in range(count) for s, loss in ((2, 0.7), (4, 0.9))]
+    figure = figures.adapter_curves(pd.DataFrame(rows, columns=["step", "task", "split", "loss"]))
+    panels = visible_axes(figure)
+    assert [axes.get_title() for axes in panels] == [f"t{t}" for t in range(count)]
+    kept = next(line for line in panels[-1].get_lines() if line.get_label() == "kept")
+    assert (kept.get_xdata()[0], kept.get_ydata()[0]) == (2, 0.7)
+
+
+@pytest.mark.parametrize("count", [2, 5, 28])
+def test_routing_heatmaps_show_the_shares(count):
+    tasks = list(TASKS)[:count]
+    figure = figures.routing_heatmaps(routing(tasks))
+    by_task, by_layer, by_module, bar = figure.axes
+    matrix = by_task.collections[0].get_array().reshape(count, count)
+    assert matrix.diagonal().tolist() == pytest.approx([0.6] * count)
+    assert matrix.sum(axis=1).tolist() == pytest.approx([1.0] * count)
+    assert by_layer.collections[0].get_array().reshape(count, 3)[0].tolist() == pytest.approx([0.5, 0.6, 0.7])
+    assert [label.get_text() for label in by_module.get_yticklabels()] == MODULES
+    assert by_task.collections[0].get_cmap().name == "cividis"
+    assert bar.get_ylabel() == "share of routing weight"
+
+
+def test_routing_without_adapters_of_the_tasks_names_has_one_panel():
+    rows = routing(["a", "b"]).assign(adapter=lambda frame: "adapter of " + frame["adapter"])
+    assert len(figures.routing_heatmaps(rows).axes) == 2
+
+
+def test_figure5_adds_up_the_time_of_equal_cells():
+    rows = benchmark()
+    extra = rows[(rows["backend"] == "loop") & (rows["tokens"] == 1)].assign(tokens=2, value=1e9)
+    [axes] = figures.figure5_total_time(pd.concat([rows, extra])).axes
+    total = 2 * (5 + 28) * (1 + 16 + 512) / 1000
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([total, 2 * total, 8 * total])
+    assert "12 measurements (ms)" in axes.get_xlabel()
+    assert [label.get_text().split()[0] for label in axes.get_yticklabels()] == ["dense", "bmm", "loop"]
+    assert "(8.0x)" in words(axes.figure)
+
+
+def test_figure5_prefers_the_tasks_prompts():
+    both = pd.concat([benchmark(), benchmark("tasks")])
+    assert "tasks' prompts" in figures.figure5_total_time(both).axes[0].get_title()
+    with pytest.raises(ValueError, match="no cell in which every backend was timed"):
+        part = benchmark()
+        figures.figure5_total_time(part[(part["backend"] == "loop") == (part["tokens"] == 1)])
+
+
+@pytest.mark.parametrize(("variable", "places"), [("tokens", [1, 16, 512]), ("adapters", [5, 28])])
+def test_benchmark_lines(variable, places):
+    figure = figures.benchmark_over(benchmark(), variable)
+    assert len(figure.axes) == 4
+    loop = figure.axes[0].get_lines()[0]
+    assert loop.get_label().startswith("loop") and loop.get_xdata().tolist() == places
+    fixed = 28 if variable == "tokens" else 512
+    assert loop.get_ydata() == pytest.approx([8 * place * fixed / 1000 for place in places])
+    assert str(fixed) in figure.get_suptitle()
+    assert figure.axes[0].get_ylabel() == "time (ms)" and figure.axes[2].get_ylabel() == "extra memory (MiB)"
+
+
+def test_benchmark_leaves_out_memory_that_was_not_measured():
+    rows = benchmark()
+    assert len(figures.benchmark_over(rows[rows["metric"] == "time_us"]).axes) == 2
+    with pytest.raises(ValueError, match="mode 'backward'"):
+        figures.benchmark_over(rows, mode="backward")
+    with pytest.raises(ValueError, match="not over 'rank'"):
+        figures.benchmark_over(rows, "rank")
+
+
+TOKENS = ["[INST] ", "a <b>&", ' "quoted"', " costs $5 and $6", "\n\n", " [/INST]", "\n", "1", ". yes"]
+DOMINANT = [0, 0, 1, 1, 1, 1, 0, 1, 1]
+WEIGHT = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.5, 0.9, 1.0]
+ADAPTERS = ["first <task>", "second"]
+
+
+class Spans(HTMLParser):
+    """The title, style and text of every span that has a title."""
+
+    def __init__(self):
+        super().__init__()
+        self.spans, self.tags = [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        self.current = [attributes["title"], attributes["style"], ""] if "title" in attributes else None
+        if self.current:
+            self.spans.append(self.current)
+
+    def handle_data(self, data):
+        if getattr(self, "current", None):
+            self.current[2] += data
+
+    def handle_endtag(self, tag):
+        self.current = None
+
+
+def test_figure4_html_is_self_contained_and_escaped():
+    text = figures.figure4_html(TOKENS, DOMINANT, WEIGHT, ADAPTERS, answer_start=7, title="A & B")
+    parser = Spans()
+    parser.feed(text)
+    assert parser.tags == {"div", "p", "b", "span"}
+    assert [span[2].replace("⏎", "") for span in parser.spans] == TOKENS
+    assert [span[0] for span in parser.spans] == [f"{ADAPTERS[d]}: {w:.2f}" for d, w in zip(DOMINANT, WEIGHT)]
+    assert ["border-bottom" in span[1] for span in parser.spans] == [n >= 7 for n in range(9)]
+    assert "<task>" not in text and html.escape("first <task>") in text and "A &amp; B" in text
+    assert not re.search(r"https?:|<script|<link|src=", text)
+
+
+def test_tokens_are_darker_where_the_weight_is_higher():
+    def lightness(weight):
+        return sum(to_rgb(token_shade(PALETTE[0], weight, 4)))
+
+    shades = [lightness(weight) for weight in (0.1, 0.25, 0.5, 0.75, 1.0)]
+    assert shades[0] == shades[1] > shades[2] > shades[3] > shades[4]
+    assert token_shade(PALETTE[0], 1.0, 4) == PALETTE[0] == token_shade(PALETTE[0], 1.0, 1)
+
+
+def test_figure4_picture_holds_every_character():
+    figure = figures.figure4_tokens(TOKENS, DOMINANT, WEIGHT, ADAPTERS, answer_start=7, columns=20)
+    [axes] = figure.axes
+    shown = "".join(text.get_text() for text in axes.texts)
+    assert shown.replace("⏎", "") == "".join(TOKENS).replace("\n", "")
+    patches = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert all(patch.get_x() + patch.get_width() <= 20 for patch in patches)
+    assert sum(patch.get_width() for patch in patches) == len(shown)
+    assert len(axes.get_lines()) == 2  # the underlined answer
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ADAPTERS
+
+
+def test_figure4_wants_an_adapter_and_a_weight_for_every_token():
+    with pytest.raises(ValueError, match="9 tokens, 9 adapters, 1 weights"):
+        figures.figure4_tokens(TOKENS, DOMINANT, [1.0], ADAPTERS)
+    with pytest.raises(ValueError, match="index into the 1 adapters"):
+        figures.figure4_html(TOKENS, DOMINANT, WEIGHT, ADAPTERS[:1])
+
+
+def test_figure1_names_the_seven_linear_layers_and_the_adapters():
+    shown = words(figures.figure1_framework(["winowhy", "gsm8k"]))
+    assert all(name in shown for name in [*MODULES, "attention", "RMSNorm", "winowhy", "gsm8k", "gate G"])
+
+
+def test_figure2_shows_the_tokens_own_numbers():
+    figure = figures.figure2_module(["a", "b", "c"], [1.25, -0.5, 0.75], [0.62, 0.0, 0.38])
+    shown = words(figure)
+    for part in ("+1.25", "-0.50", "w = 0.62", "w = 0.38", "not chosen", "top-2", "a:  s B (A x)"):
+        assert part in shown
+    assert shown.count("not chosen") == 1
+    with pytest.raises(ValueError, match="one logit and one weight for every adapter"):
+        figures.figure2_module(["a"], [], [1.0])
+
+
+def test_28_adapters_have_28_colours_and_readable_text():
+    colors = adapter_colors(list(TASKS))
+    assert len(set(colors.values())) == 28
+    for color in colors.values():
+        light, dark = (sum(to_rgb(c)) for c in (color, readable_on(color)))
+        assert abs(light - dark) > 0.8
+
+
+def test_methods_differ_in_more_than_colour():
+    shapes = [(marker, line) for _, marker, line in METHOD_STYLES.values()]
+    assert len(set(shapes)) == len({color for color, _, _ in METHOD_STYLES.values()}) == len(METHOD_STYLES)
+
+
+def test_missing_columns_are_named():
+    with pytest.raises(ValueError, match="gate_training.csv lacks the columns lm_loss"):
+        figures.gate_curves(pd.DataFrame({"step": [1], "loss": [1.0], "gate_loss": [1.0], "gate_accuracy": [1.0]}))
+    with pytest.raises(ValueError, match="no metric 'bleu'; it has accuracy"):
+        figures.figure3_radar(independent("ab"), "bleu")
+
+
+def test_no_figure_stays_open():
+    figures.figure3_dots(independent("ab"))
+    figures.figure1_framework()
+    assert plt.get_fignums() == []
