@@ -47,7 +47,7 @@ def make_adapter(directory, base_model, *, seed=0, dtype=torch.float32, **option
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.to(dtype).save_pretrained(str(directory))
+    model.to(dtype).save_pretrained(str(directory), save_embedding_layers=False)
     return directory
 
 

@@ -1,0 +1,126 @@
+"""All backends compute one sum, and its gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meteora.backends import MIXERS, get_mix
+from meteora.gating import Routing
+
+NAMES = sorted(MIXERS)
+
+
+def problem(ranks, tokens, k, *, features=5, out=4, seed=0, dtype=torch.float64, shuffle=False, x_stride=1):
+    """Random operands; ``ranks[n]`` is adapter n's rank, 0 for one without columns."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    owner = torch.cat([torch.full((rank,), n) for n, rank in enumerate(ranks)])
+    if shuffle:
+        owner = owner[torch.randperm(len(owner), generator=generator)]
+    indices = torch.rand(tokens, len(ranks), generator=generator).argsort(dim=1)[:, :k]
+    weights = torch.softmax(torch.randn(tokens, k, generator=generator), -1)
+    x = normal(tokens, features * x_stride)[:, ::x_stride]
+    return (
+        normal(tokens, out),
+        x,
+        normal(len(owner), features),
+        normal(out, len(owner)),
+        owner,
+        Routing(indices, weights),
+    )
+
+
+def reference(y, x, A, B, owner, routing):
+    """The definition, token by token and adapter by adapter."""
+    rows = []
+    for t in range(len(y)):
+        row = y[t]
+        for n, w in zip(routing.indices[t].tolist(), routing.weights[t], strict=True):
+            row = row + w.to(y.dtype) * (B[:, owner == n] @ (A[owner == n] @ x[t]))
+        rows.append(row)
+    return torch.stack(rows) if rows else y
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=5), st.integers(0, 6), st.data(), st.booleans(),
+    st.integers(1, 2), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_every_backend_is_the_definition(backend, ranks, tokens, data, shuffle, x_stride, seed):
+    k = data.draw(st.integers(1, len(ranks)))
+    y, *rest = problem(ranks, tokens, k, seed=seed, shuffle=shuffle, x_stride=x_stride)
+    expected = reference(y.clone(), *rest)
+    result = MIXERS[backend](y, *rest)
+    torch.testing.assert_close(result, expected)
+    assert result.data_ptr() == y.data_ptr() and torch.equal(result, y)  # in place, and returned
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_an_adapter_without_columns_adds_zero_and_nothing_is_renormalised(backend):
+    y, x, A, B, owner, routing = problem([2, 0], 3, 2)
+    before = y.clone()
+    alone = Routing(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    assert torch.equal(MIXERS[backend](y.clone(), x, A, B, owner, alone), before)
+    share = (routing.weights * (routing.indices == 0)).sum(1, keepdim=True).double()
+    torch.testing.assert_close(MIXERS[backend](y, x, A, B, owner, routing) - before, share * (x @ A.T @ B.T))
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_gradcheck(backend):
+    y, x, A, B, owner, routing = problem([2, 1, 0, 3], 4, 2)
+    inputs = [t.requires_grad_() for t in (y, x, A, B)]
+
+    def run(y, x, A, B, weights):
+        # weights are float32 by contract, so they are checked through the float64 ones below
+        return MIXERS[backend](y.clone(), x, A, B, owner, Routing(routing.indices, weights))
+
+    weights = routing.weights.double().requires_grad_()
+    assert torch.autograd.gradcheck(run, (*inputs, weights))
+
+
+def test_gradients_agree_in_float32():
+    gradients = {}
+    for name in NAMES:
+        y, x, A, B, owner, routing = problem([3, 8, 0, 2], 9, 2, features=16, out=12, dtype=torch.float32)
+        leaves = [t.requires_grad_() for t in (y, x, A, B, routing.weights)]
+        result = MIXERS[name](y.clone(), x, A, B, owner, routing)
+        gradients[name] = torch.autograd.grad(result.sin().sum(), leaves)
+    for name in NAMES[1:]:
+        torch.testing.assert_close(gradients[name], gradients[NAMES[0]], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float64(backend, dtype):
+    y, *rest = problem([4, 2, 6], 16, 2, features=32, out=24, seed=5)
+    expected = reference(y.clone(), *rest)
+    y, x, A, B, owner, routing = problem([4, 2, 6], 16, 2, features=32, out=24, seed=5, dtype=dtype)
+    result = MIXERS[backend](y, x, A, B, owner, routing)
+    assert result.dtype == dtype
+    error = (result.double() - expected).norm() / expected.norm()
+    assert error < (0.02 if dtype == torch.bfloat16 else 0.003)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_token(backend, value):
+    y, x, A, B, owner, routing = problem([2, 3, 1], 5, 2)
+    clean = MIXERS[backend](y.clone(), x, A, B, owner, routing)
+    x[2] = value
+    result = MIXERS[backend](y, x, A, B, owner, routing)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(result[others], clean[others])
+    assert not torch.isfinite(result[2]).any()
+
+
+def test_auto_is_dense_and_what_is_missing_says_so():
+    assert get_mix("auto") is MIXERS["dense"]
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        get_mix("fast")
+    with pytest.raises(NotImplementedError, match="'triton' is not part of this version"):
+        get_mix("triton")

@@ -1,0 +1,86 @@
+"""Encoding, balanced steps and micro-batches."""
+
+import pytest
+import torch
+
+from meteora.batches import balanced_steps, by_task, collate, encode, micro_batches
+
+CPU = torch.device("cpu")
+
+
+def encoded(core, rows, max_length=100):
+    return encode(rows, {"one": 0, "two": 1}, core.Tokenizer(), max_length)
+
+
+def test_a_sample_is_prompt_response_and_end(core):
+    (sample,) = encoded(core, [{"task": "two", "prompt": "ab", "response": "c"}])
+    prompt = core.Tokenizer()("ab")["input_ids"]
+    assert sample.ids == prompt + core.Tokenizer()("c", add_special_tokens=False)["input_ids"] + [2]
+    assert (sample.prompt_length, sample.response_tokens, sample.task) == (3, 2, 1)
+
+
+def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(core):
+    row = {"task": "one", "prompt": "abcdef", "response": "xyz"}
+    (whole,) = encoded(core, [row])
+    (cut,) = encoded(core, [row], max_length=6)
+    assert cut.ids == whole.ids[-6:] and cut.response_tokens == 4
+    (tight,) = encoded(core, [row], max_length=3)
+    assert tight.ids == [whole.ids[6], *whole.ids[7:9]] and tight.prompt_length == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the dataset is empty"),
+        ([{"task": "one", "prompt": "a"}], "row 0 of the dataset has no 'response'"),
+        ([{"task": "one", "prompt": "a", "response": ""}, {"task": "3", "prompt": "", "response": ""}], "row 1 .*'3'"),
+    ],
+)
+def test_bad_rows_are_named(core, rows, message):
+    with pytest.raises(ValueError, match=message):
+        encoded(core, rows)
+
+
+def test_a_prompt_without_a_token_and_a_tokenizer_without_an_end_are_refused(core):
+    tokenizer = core.Tokenizer()
+    without_start = lambda text, add_special_tokens=True: tokenizer(text, add_special_tokens=False)  # noqa: E731
+    bare = type("Bare", (), {"eos_token_id": 2, "__call__": staticmethod(without_start)})()
+    with pytest.raises(ValueError, match="row 0 .* empty prompt"):
+        encode([{"task": "one", "prompt": "", "response": "x"}], {"one": 0}, bare, 10)
+    bare.eos_token_id = None
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        encode([], {"one": 0}, bare, 10)
+
+
+def test_labels_are_masked_by_length_where_pad_is_end_of_text(core):
+    samples = encoded(core, [
+        {"task": "one", "prompt": "abc", "response": "xy"}, {"task": "two", "prompt": "a", "response": ""},
+    ])  # fmt: skip
+    batch = collate(samples, core.Tokenizer.pad_token_id, CPU)
+    assert batch.attention_mask.tolist() == [[1] * 7, [1] * 3 + [0] * 4]
+    assert batch.labels[0].tolist() == [-100] * 4 + samples[0].ids[4:]
+    assert batch.labels[1].tolist() == [-100, -100, 2, -100, -100, -100, -100]  # one end is learned, the padding is not
+    assert batch.tasks == [0, 1]
+
+
+def test_every_step_is_balanced_and_every_task_goes_round(core):
+    rows = core.rows(count=3) + [{"task": "one", "prompt": f"more {n}", "response": "x"} for n in range(2)]
+    groups = by_task(encoded(core, rows))
+    assert list(groups) == [0, 1] and [len(group) for group in groups.values()] == [5, 3]
+    steps = list(balanced_steps(groups, 2, 15, seed=1))
+    assert all([sample.task for sample in step] == [0, 0, 1, 1] for step in steps)
+    drawn = [tuple(sample.ids) for step in steps for sample in step if sample.task == 0]
+    assert all(drawn.count(tuple(sample.ids)) == 6 for sample in groups[0])  # 30 draws of 5 samples
+    assert steps == list(balanced_steps(groups, 2, 15, seed=1)) != list(balanced_steps(groups, 2, 15, seed=2))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 50, 10_000])
+def test_micro_batches_hold_every_sample_once_and_fit(core, max_tokens):
+    samples = encoded(core, core.rows(count=9))
+    batches = list(micro_batches(samples, max_tokens, 2, CPU))
+    assert all(batch.input_ids.numel() <= max_tokens or len(batch.tasks) == 1 for batch in batches)
+    lines = [
+        ids[mask.bool()].tolist() for b in batches for ids, mask in zip(b.input_ids, b.attention_mask, strict=True)
+    ]
+    assert sorted(lines) == sorted(sample.ids for sample in samples)
+    assert len(batches) == (18 if max_tokens == 1 else 1 if max_tokens == 10_000 else len(batches))

@@ -1,0 +1,49 @@
+"""Settings are checked where they are made."""
+
+import math
+
+import pytest
+
+from meteora import AdapterTrainingConfig, GateTrainingConfig, MeteoraConfig
+
+
+def test_defaults_are_the_documented_ones():
+    assert MeteoraConfig() == MeteoraConfig(top_k=None, temperature=1.0, backend="auto")
+    assert GateTrainingConfig().objective == "joint"
+    assert (AdapterTrainingConfig().rank, AdapterTrainingConfig().alpha) == (8, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (MeteoraConfig, {"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
+        (MeteoraConfig, {"top_k": 1.5}, "top_k must be a whole number"),
+        (MeteoraConfig, {"top_k": True}, "top_k must be a whole number"),
+        (MeteoraConfig, {"temperature": 0}, "temperature must be positive"),
+        (MeteoraConfig, {"temperature": math.nan}, "temperature must be positive and finite"),
+        (MeteoraConfig, {"temperature": "hot"}, "temperature must be a number"),
+        (MeteoraConfig, {"backend": "cuda"}, "unknown backend 'cuda'; choose one of auto, loop, bmm, dense, triton"),
+        (GateTrainingConfig, {"objective": "both"}, "unknown objective 'both'; choose one of joint, gate"),
+        (GateTrainingConfig, {"epochs": math.inf}, "epochs must be"),
+        (GateTrainingConfig, {"epochs": math.nan}, "epochs must be"),
+        (GateTrainingConfig, {"max_steps": 0}, "max_steps must be"),
+        (GateTrainingConfig, {"max_length": 1}, "max_length must be a whole number of at least 2"),
+        (GateTrainingConfig, {"learning_rate": -1.0}, "learning_rate must be"),
+        (GateTrainingConfig, {"learning_rate": math.inf}, "learning_rate must be"),
+        (GateTrainingConfig, {"beta": math.inf}, "beta must be"),
+        (GateTrainingConfig, {"warmup": 1.5}, "warmup must be a number of 0.0 to 1.0"),
+        (GateTrainingConfig, {"seed": -1}, "seed must be"),
+        (AdapterTrainingConfig, {"rank": 0}, "rank must be"),
+        (AdapterTrainingConfig, {"alpha": 0}, "alpha must be"),
+        (AdapterTrainingConfig, {"target_modules": "q_proj"}, "target_modules must list"),
+        (AdapterTrainingConfig, {"target_modules": ()}, "target_modules must list"),
+        (AdapterTrainingConfig, {"dtype": "int8"}, "dtype must be float32, bfloat16 or float16"),
+    ],
+)
+def test_a_wrong_value_is_named(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_no_clipping_is_a_setting():
+    assert GateTrainingConfig(max_grad_norm=math.inf).max_grad_norm == math.inf

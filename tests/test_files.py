@@ -1,0 +1,71 @@
+"""A directory appears complete or not at all."""
+
+import os
+import shutil
+
+import pytest
+
+from meteora import files
+from meteora.files import atomic_directory
+
+
+def names(path):
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_it_appears_at_the_end_and_replaces_what_was_there(tmp_path):
+    target = tmp_path / "a" / "b"
+    for content in ("first", "second"):
+        with atomic_directory(target) as new:
+            assert not (target / content).exists()
+            if content == "second":
+                assert names(target) == ["first"]
+            (new / content).write_text(content)
+        assert names(target) == [content]
+    assert names(tmp_path / "a") == ["b"]
+
+
+def test_a_failure_inside_leaves_the_old_one(tmp_path):
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "old").write_text("kept")
+    with pytest.raises(RuntimeError, match="half way"), atomic_directory(target) as new:
+        (new / "half").write_text("")
+        raise RuntimeError("half way")
+    assert names(target) == ["old"] and names(tmp_path) == ["b"]
+
+
+def test_a_failing_rename_puts_the_old_one_back(tmp_path, monkeypatch):
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "old").write_text("kept")
+    replace = os.replace
+
+    def failing(source, destination):
+        if str(source).endswith(".new"):
+            raise OSError("no space")
+        replace(source, destination)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(OSError, match="no space"), atomic_directory(target):
+        pass
+    assert names(target) == ["old"] and names(tmp_path) == ["b"]
+
+
+def test_what_a_killed_process_left_is_no_obstacle_and_not_reused(tmp_path, monkeypatch):
+    target = tmp_path / "b"
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
+    with pytest.raises(RuntimeError), atomic_directory(target) as new:
+        (new / "half").write_text("")
+        raise RuntimeError
+    monkeypatch.undo()
+    with atomic_directory(target) as new:
+        (new / "whole").write_text("")
+    assert names(target) == ["whole"]
+
+
+def test_a_relative_path_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic_directory("here") as new:
+        (new / "file").write_text("")
+    assert names(tmp_path / "here") == ["file"]

@@ -1,0 +1,178 @@
+"""One layer: y = W x + sum_j w_j s_j B_j A_j x, whatever the input's shape, strides, type and values."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from meteora import MeteoraLinear
+from meteora.adapters import LoraWeights
+from meteora.layer import ForcedAdapters, MixtureState
+
+BACKENDS = ["loop", "bmm", "dense"]
+
+
+def make_layer(ranks, *, features=6, out=5, seed=0, dtype=torch.float32, base=None, **state):
+    """A layer with random gate; ``ranks[n]`` is adapter n's rank, 0 for one that is not in this layer."""
+    torch.manual_seed(seed)
+    base = base or nn.Linear(features, out)
+    adapters = {
+        n: LoraWeights(torch.randn(rank, features), torch.randn(out, rank), 0.5 + n)
+        for n, rank in enumerate(ranks)
+        if rank
+    }
+    layer = MeteoraLinear(base.to(dtype), len(ranks), adapters, MixtureState(**{"top_k": 2, **state}), dtype=dtype)
+    nn.init.normal_(layer.gate.weight)
+    layer.base_layer.requires_grad_(False)
+    return layer, adapters
+
+
+def definition(layer, adapters, x):
+    logits = x.double() @ layer.gate.weight.double().T
+    values, indices = logits.topk(layer.state.top_k, dim=-1)
+    weights = torch.softmax(values / layer.state.temperature, -1)
+    y = x.double() @ layer.base_layer.weight.double().T + layer.base_layer.bias.double()
+    for n, w in adapters.items():
+        share = (weights * (indices == n)).sum(-1, keepdim=True)
+        y = y + share * w.scaling * (x.double() @ w.A.double().T @ w.B.double().T)
+    return y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any),
+    st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    st.data(), st.floats(0.2, 20), st.booleans(), st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_any_shape_and_stride(backend, ranks, shape, data, temperature, transposed, seed):
+    k = data.draw(st.integers(1, len(ranks)))
+    layer, adapters = make_layer(ranks, seed=seed, top_k=k, temperature=temperature, backend=backend)
+    x = torch.randn(6, *shape).movedim(0, -1) if transposed else torch.randn(*shape, 6)
+    before = x.clone()
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (*shape, 5) and torch.equal(x, before)
+    torch.testing.assert_close(y.double(), definition(layer, adapters, x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_logits_choose_k_different_adapters(backend):
+    layer, adapters = make_layer([2, 2, 2], backend=backend)
+    nn.init.zeros_(layer.gate.weight)
+    x = torch.randn(3, 6)
+    ours = layer(x) - layer.base_layer(x)
+    parts = {n: w.scaling * (x @ w.A.T @ w.B.T) for n, w in adapters.items()}
+    pairs = [0.5 * (parts[a] + parts[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    for row in range(3):
+        assert min((ours[row] - pair[row]).abs().max() for pair in pairs) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_one_token_stays_in_that_token(backend):
+    layer, _ = make_layer([2, 1, 0], backend=backend)
+    x = torch.randn(2, 4, 6)
+    clean = layer(x)
+    x[1, 2, 3] = torch.nan
+    dirty = layer(x)
+    other = torch.ones(2, 4, dtype=torch.bool)
+    other[1, 2] = False
+    torch.testing.assert_close(dirty[other], clean[other])
+    assert torch.isnan(dirty[1, 2]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_inputs_and_gate(backend):
+    layer, _ = make_layer([2, 1, 3], backend=backend, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        assert (layer.gate(x.float()).sort().values.diff().abs() > 1e-2).all()  # no choice may flip
+
+    def run(x):
+        return layer(x)
+
+    # The logits are float32 by contract: enough to check the derivative, with a coarser step.
+    assert torch.autograd.gradcheck(run, (x,), eps=1e-3, atol=2e-2, rtol=2e-2)
+
+
+def test_all_backends_give_the_gate_and_the_input_the_same_gradients():
+    results = []
+    for backend in BACKENDS:
+        layer, _ = make_layer([2, 4, 0, 1], backend=backend, top_k=3)
+        x = torch.randn(7, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), [x, layer.gate.weight])))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+    assert results[0][2].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_base_layers_type(backend, dtype):
+    layer, adapters = make_layer([2, 4], backend=backend, dtype=dtype)
+    x = torch.randn(5, 6).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(layer(x).double(), definition(layer, adapters, x), rtol=0.1, atol=0.3)
+
+
+class Int8Linear(nn.Linear):
+    """A stand-in for a quantised layer: its weight is integer, and it computes and answers in its input's type."""
+
+    def __init__(self, features, out):
+        super().__init__(features, out)
+        self.weight = nn.Parameter(torch.randint(-4, 5, (out, features)).to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_quantised_base_layer_is_only_called(backend, autocast):
+    torch.manual_seed(0)
+    layer, adapters = make_layer([2, 3], backend=backend)
+    layer.base_layer = Int8Linear(6, 5)
+    x = torch.randn(4, 6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), definition(layer, adapters, x), rtol=1e-4, atol=1e-4)
+
+
+def test_disabled_is_the_base_layer_bitwise():
+    layer, _ = make_layer([2, 3], enabled=False)
+    x = torch.randn(4, 6)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
+
+
+def test_forced_adapters_are_one_a_sample():
+    layer, adapters = make_layer([2, 0, 3])
+    x = torch.randn(3, 4, 6)
+    layer.state.forced = ForcedAdapters([2, 1, 0], one_for_all=False)
+    update = layer(x) - layer.base_layer(x)
+    for row, n in enumerate([2, None, 0]):
+        w = adapters.get(n)
+        expected = torch.zeros(4, 5) if w is None else w.scaling * (x[row] @ w.A.T @ w.B.T)
+        torch.testing.assert_close(update[row], expected, atol=1e-5, rtol=1e-4)
+    for wrong in (x[:2], x.flatten(0, 1), torch.randn(6, 4, 6)):
+        with pytest.raises(ValueError, match="route_to got 3 names, one per sample, but the input has shape"):
+            layer(wrong)
+
+
+def test_an_added_adapter_is_a_zero_row_and_more_columns():
+    layer, adapters = make_layer([2, 3], top_k=1)
+    x = torch.randn(5, 6)
+    rows = layer.gate.weight.detach().clone()
+    layer.add_adapter(LoraWeights(torch.randn(4, 6), torch.randn(5, 4), 3.0))
+    layer.add_adapter(None)
+    assert layer.gate.out_features == 4 and layer.gate.weight.requires_grad
+    assert torch.equal(layer.gate.weight[:2], rows) and not layer.gate.weight[2:].any()
+    assert layer.column_adapter.tolist() == [0] * 2 + [1] * 3 + [2] * 4
+    layer.state.forced = ForcedAdapters([0], one_for_all=True)
+    w = adapters[0]
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), w.scaling * (x @ w.A.T @ w.B.T), atol=1e-5, rtol=1e-4)
