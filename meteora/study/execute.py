@@ -32,8 +32,9 @@ class _OwnKernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
+        kernel = get_kernel_dict(extra_arguments=["--log-level=ERROR"])
         # tqdm advises to install ipywidgets, whose bars would be missing from a page that nobody's browser runs
-        return KernelSpec(**get_kernel_dict(), env={"PYTHONWARNINGS": "ignore:IProgress not found"})
+        return KernelSpec(**kernel, env={"PYTHONWARNINGS": "ignore:IProgress not found"})
 
 
 class _LastLine:
@@ -84,6 +85,7 @@ def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[st
             parameters=parameters,
             engine_name="study",
             kernel_name="python3",
+            language="python",
             cwd=notebook.parent,
             progress_bar=bar,
         )
@@ -93,7 +95,10 @@ def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[st
     except PapermillExecutionError as error:
         os.replace(partial, failed)
         last = (error.evalue.strip().splitlines() or [""])[-1]
-        raise NotebookError(f"{notebook.name}, cell {error.cell_index}: {error.ename}: {last} (see {failed})") from error
+        begin = next((line for line in error.source.splitlines() if line.strip()), "")
+        raise NotebookError(
+            f"{notebook.name}, cell [{error.exec_count}] ({begin[:60]}): {error.ename}: {last} (all of it: {failed})"
+        ) from error
     except DeadKernelError as error:
         raise NotebookError(
             f"{notebook.name}: its Python process died, most likely for lack of memory; free some, or lower the "
