@@ -1,0 +1,128 @@
+"""Adapters trained side by side are the adapters one would train alone, written as stock PEFT directories."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from meteora import AdapterTrainingConfig, train_adapters, training_loop
+from meteora.adapters import load_adapter
+
+
+@pytest.fixture
+def train(core, tiny_llama, tmp_path):
+    def run(tasks=("one", "two"), folder="out", base=None, validation=None, **settings):
+        datasets = {task: core.rows((task,)) for task in tasks}
+        options = {"max_steps": 4, "samples_per_step": 2, "learning_rate": 0.02, "rank": 2, "alpha": 6}
+        config = AdapterTrainingConfig(**{**options, "dtype": "float32", **settings})
+        history = train_adapters(
+            base or copy.deepcopy(tiny_llama), datasets, config,
+            tokenizer=core.Tokenizer(), output_dir=tmp_path / folder, validation=validation,
+        )  # fmt: skip
+        return history, {task: load_adapter(task, tmp_path / folder / task).modules for task in tasks}
+
+    return run
+
+
+def close(a, b, tolerance=1e-2):
+    """By norm: where a gradient is nearly zero, AdamW turns its rounding error into a whole step."""
+    assert a.keys() == b.keys()
+    for name in a:
+        for x, y in ((a[name].A, b[name].A), (a[name].B, b[name].B)):
+            assert (x - y).norm() <= tolerance * y.norm(), name
+
+
+def losses(history, task, split="train"):
+    return [row["loss"] for row in history if row["task"] == task and row["split"] == split]
+
+
+def test_together_is_as_good_as_alone(train):
+    together, both = train(max_grad_norm=0.05)
+    alone, one = train(("one",), folder="alone", max_grad_norm=0.05)
+    assert losses(together, "one") == pytest.approx(losses(alone, "one"), rel=1e-4)
+    close(both["one"], one["one"])
+    assert (
+        both["two"]["model.layers.0.mlp.up_proj"].B - both["one"]["model.layers.0.mlp.up_proj"].B
+    ).abs().max() > 1e-3
+
+
+def test_micro_batches_do_not_change_the_result(train):
+    whole, first = train()
+    cut, second = train(folder="cut", tokens_per_batch=12)
+    for task in ("one", "two"):
+        assert losses(whole, task) == pytest.approx(losses(cut, task), rel=1e-4)
+        close(second[task], first[task])
+
+
+def test_it_learns_and_gives_the_base_model_back(core, train, tiny_llama):
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in tiny_llama.named_parameters()}
+    history, _ = train(base=tiny_llama, max_steps=30, learning_rate=0.1)
+    for task in ("one", "two"):
+        # The random base's logits are too small for a loss below about 3.5; it starts at log 64 = 4.16.
+        assert losses(history, task)[-1] < losses(history, task)[0] - 0.3
+    after = dict(tiny_llama.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], p) and after[n].requires_grad == flag for n, (p, flag) in before.items())
+
+
+def test_every_adapter_keeps_its_own_best_weights(core, train, tmp_path):
+    validation = {"one": core.rows(("one",), 3)}
+    history, adapters = train(validation=validation, max_steps=8, evaluate_every=3, learning_rate=0.5)
+    rows = [row for row in history if row["split"] == "valid"]
+    assert [(row["step"], row["task"]) for row in rows] == [(3, "one"), (6, "one"), (8, "one")]
+    best = min(rows, key=lambda row: row["loss"])
+    card = (tmp_path / "out" / "one" / "README.md").read_text()
+    assert f"| kept step | {best['step']} |" in card and f"| validation loss | {round(best['loss'], 4)} |" in card
+    assert "kept step" not in (tmp_path / "out" / "two" / "README.md").read_text()
+    plain = train(folder="plain", max_steps=8, learning_rate=0.5)[1]
+    close(adapters["two"], plain["two"], 1e-6)  # no validation: the last weights
+    if best["step"] != 8:
+        assert any((adapters["one"][n].A - plain["one"][n].A).abs().max() > 1e-3 for n in plain["one"])
+
+
+def test_an_interrupted_run_goes_on_where_it_was(core, train, tmp_path, monkeypatch):
+    validation = {"two": core.rows(("two",), 3)}
+    expected, weights = train(folder="whole", validation=validation, evaluate_every=1)
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    real, steps = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(validation=validation, evaluate_every=1)
+    assert not (tmp_path / "out").exists()
+    history, again = train(validation=validation, evaluate_every=1)
+    assert len(steps) == 3 + 2 and history == expected
+    for task in weights:
+        close(again[task], weights[task], 0)
+
+
+def test_the_files_are_stock_peft_with_a_card(train, tmp_path):
+    train(("one",), dtype="bfloat16")
+    directory = tmp_path / "out" / "one"
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 2, 6, 0.0)
+    assert load_adapter("one", directory).modules["model.layers.0.mlp.up_proj"].A.dtype == torch.bfloat16
+
+
+def test_bad_input_is_named(core, train, tiny_llama, tmp_path):
+    call = {"tokenizer": core.Tokenizer(), "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="no datasets given"):
+        train_adapters(tiny_llama, {}, **call)
+    with pytest.raises(ValueError, match="the dataset of 'two' is empty"):
+        train_adapters(tiny_llama, {"one": core.rows(("one",)), "two": []}, **call)
+    with pytest.raises(ValueError, match="validation data for 'two'"):
+        train_adapters(tiny_llama, {"one": core.rows(("one",))}, validation={"two": []}, **call)
+    with pytest.raises(ValueError, match="target_modules names 'c_attn'"):
+        train(target_modules=("q_proj", "c_attn"))

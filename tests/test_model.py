@@ -1,0 +1,378 @@
+"""The model: what it saves, what it refuses, how it generates, and that it leaves the base model as it was."""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import meteora
+from meteora import AdapterError, MeteoraConfig, MeteoraModel
+
+Q = "model.layers.0.self_attn.q_proj"
+ODD = ["dots.in.it", "with space", "a/b", "日本", "..", "trailing."]
+
+
+@pytest.fixture
+def base(tiny_llama):
+    return tiny_llama
+
+
+@pytest.fixture
+def model(core, base, mixed_adapters):
+    return core.randomize_gates(MeteoraModel.from_adapters(copy.deepcopy(base), mixed_adapters))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+def test_every_adapted_module_is_a_meteora_linear(model, base, mixed_adapters):
+    assert model.adapter_names == list(mixed_adapters)
+    wrapped = {n: m for n, m in model.base_model.named_modules() if isinstance(m, meteora.MeteoraLinear)}
+    assert wrapped == model.layers and len(wrapped) == 14
+    for name, layer in wrapped.items():
+        assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)
+        assert isinstance(layer.gate, nn.Linear) and layer.gate.bias is None
+        assert layer.gate.weight.shape == (4, layer.in_features)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"base_model.{name}.gate.weight" for name in wrapped}
+
+
+def test_defaults(base, mixed_adapters):
+    model = MeteoraModel.from_adapters(base, mixed_adapters)
+    assert model.top_k == 2
+    one = MeteoraModel.from_adapters(model.unload(), {"one": mixed_adapters["one"]})
+    assert one.top_k == 1
+
+
+def test_top_k_over_n_and_unknown_settings_are_errors(model, base, mixed_adapters):
+    with pytest.raises(ValueError, match=r"top_k=5 is more than the 4 adapters there are; choose 1\.\.4"):
+        MeteoraModel.from_adapters(base, mixed_adapters, MeteoraConfig(top_k=5))
+    for call in (lambda: model.set_top_k(5), lambda: model.set_top_k(0), lambda: model.set_temperature(-1)):
+        with pytest.raises(ValueError, match="top_k|temperature"):
+            call()
+    with pytest.raises(ValueError, match="unknown backend"):
+        model.set_backend("quick")
+    with pytest.raises(NotImplementedError, match="triton"):
+        model.set_backend("triton")
+    assert (model.top_k, model.state.temperature, model.state.backend) == (2, 1.0, "auto")
+    with pytest.raises(AdapterError, match="there is no adapter 'nine'; there are 'one', "), model.route_to("nine"):
+        pass
+    with pytest.raises(AdapterError, match="at least one name"), model.route_to([]):
+        pass
+    with pytest.raises(NotImplementedError, match="depends on its input"):
+        model.merge_and_unload()
+    with pytest.raises(AdapterError, match="carries adapters already"):
+        MeteoraModel.from_adapters(model.base_model, mixed_adapters)
+
+
+def test_backends_and_settings_reach_every_layer(core, model):
+    results = {}
+    for backend in ("loop", "bmm", "dense", "auto"):
+        model.set_backend(backend)
+        results[backend] = logits(model, core.tokens())
+        torch.testing.assert_close(results[backend], results["loop"], rtol=1e-4, atol=1e-4)
+    model.set_temperature(50)
+    assert (logits(model, core.tokens()) - results["auto"]).abs().max() > 1e-3
+    model.set_top_k(1)
+    cold = logits(model, core.tokens())
+    model.set_temperature(1)
+    assert torch.equal(logits(model, core.tokens()), cold)  # one choice has weight 1 at any temperature
+
+
+@pytest.mark.parametrize("copy_adapters", [True, False])
+def test_a_checkpoint_restores_everything(core, model, base, tmp_path, copy_adapters):
+    model.set_top_k(3)
+    model.set_temperature(7.5)
+    model.set_backend("loop")
+    model.state.warning = None
+    model.save_pretrained(tmp_path / "m", copy_adapters=copy_adapters)
+    assert (tmp_path / "m" / "adapters").exists() == copy_adapters
+    assert not list((tmp_path / "m").rglob("*.bin")) and not list((tmp_path / "m").rglob("*.pt"))
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    assert again.adapter_names == model.adapter_names
+    assert (again.top_k, again.state.temperature, again.state.backend) == (3, 7.5, "loop")
+    assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
+
+
+def test_odd_names_survive(core, base, mixed_adapters, tmp_path):
+    model = core.randomize_gates(MeteoraModel.from_adapters(base, dict.fromkeys(ODD, mixed_adapters["one"])))
+    model.save_pretrained(tmp_path / "m")
+    again = MeteoraModel.from_pretrained(model.unload(), tmp_path / "m")
+    assert again.adapter_names == ODD
+    for name in ODD:
+        with again.route_to(name):
+            logits(again, core.tokens(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_the_base_model_may_be_a_path(core, model, base, mixed_adapters, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "m")
+    for again in (
+        MeteoraModel.from_pretrained(tmp_path / "base", tmp_path / "m"),
+        core.randomize_gates(MeteoraModel.from_adapters(str(tmp_path / "base"), mixed_adapters)),
+    ):
+        torch.testing.assert_close(logits(again, core.tokens()), logits(model, core.tokens()))
+
+
+def test_saving_onto_the_directory_it_came_from(core, model, base, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    core.randomize_gates(again, seed=5)
+    with pytest.raises(AdapterError, match="'one' lies in .*which would be replaced"):
+        again.save_pretrained(tmp_path / "m", copy_adapters=False)
+    again.save_pretrained(tmp_path / "m")
+    third = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    assert torch.equal(logits(third, core.tokens()), logits(again, core.tokens()))
+
+
+def test_saving_never_replaces_other_files(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(model, base, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "m")
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(meteora.model, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+
+
+def test_a_changed_adapter_is_refused(model, base, mixed_adapters, tmp_path):
+    source = Path(shutil.copytree(mixed_adapters["one"], tmp_path / "source"))
+    mine = MeteoraModel.from_adapters(copy.deepcopy(base), {"one": source})
+    mine.save_pretrained(tmp_path / "m", copy_adapters=False)
+    weights = load_file(source / "adapter_model.safetensors")
+    save_file({k: v * 2 for k, v in weights.items()}, source / "adapter_model.safetensors")
+    with pytest.raises(
+        AdapterError, match="'one' .*is not the one the gates .*sha256 is [0-9a-f]{64}, .*says [0-9a-f]{64}"
+    ):
+        MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    with pytest.raises(AdapterError, match="'one'.*changed since it was loaded"):
+        mine.save_pretrained(tmp_path / "m2")
+    assert not (tmp_path / "m2").exists()
+
+
+def test_broken_checkpoints_are_named(model, base, tmp_path):
+    directory = tmp_path / "m"
+    with pytest.raises(AdapterError, match="has no meteora_config.json"):
+        MeteoraModel.from_pretrained(base, directory)
+    model.save_pretrained(directory)
+    gates = load_file(directory / "gates.safetensors")
+
+    def refused(message):
+        with pytest.raises(AdapterError, match=message):
+            MeteoraModel.from_pretrained(copy.deepcopy(base), directory)
+
+    save_file({**gates, Q: gates[Q][:3]}, directory / "gates.safetensors")
+    refused(rf"the gate of '{Q}' has shape \(3, 32\); expected \(4, 32\)")
+    save_file({**gates, Q: gates[Q] * torch.nan}, directory / "gates.safetensors")
+    refused(f"the gate of '{Q}' holds NaN")
+    save_file({name: gate for name, gate in gates.items() if name != Q}, directory / "gates.safetensors")
+    refused(f"a gate for '{Q}' is on one side only")
+    (directory / "gates.safetensors").write_bytes(b"not safetensors")
+    refused("gates.safetensors is corrupt")
+    saved = json.loads((directory / "meteora_config.json").read_text())
+    (directory / "meteora_config.json").write_text(json.dumps({**saved, "format": 99}))
+    refused("has format 99")
+    for text in ("{", "[]"):
+        (directory / "meteora_config.json").write_text(text)
+        refused("not valid JSON|has format None")
+    (directory / "gates.safetensors").unlink()
+    refused("has no gates.safetensors")
+
+
+def test_add_adapter_leaves_the_others_choices_alone(core, base, mixed_adapters):
+    names = list(mixed_adapters)
+    first = {name: mixed_adapters[name] for name in names[2:]}  # only some modules
+    model = core.randomize_gates(MeteoraModel.from_adapters(copy.deepcopy(base), first))
+    with torch.no_grad(), model.trace() as before:
+        model(core.tokens())
+    model.add_adapter("new", mixed_adapters["one"])
+    assert model.adapter_names == [*names[2:], "new"] and len(model.layers) == 14
+    with torch.no_grad(), model.trace() as after:
+        model(core.tokens())
+    # Later layers see other inputs, since the new adapter may be chosen; the first sees the same.
+    assert torch.equal(after.logits[Q][..., :2], before.logits[Q]) and not after.logits[Q][..., 2].any()
+    alone = MeteoraModel.from_adapters(copy.deepcopy(base), {"one": mixed_adapters["one"]})
+    with model.route_to("new"), alone.route_to("one"):
+        torch.testing.assert_close(logits(model, core.tokens()), logits(alone, core.tokens()))
+    for name in first:
+        reference = MeteoraModel.from_adapters(copy.deepcopy(base), {name: first[name]})
+        with model.route_to(name), reference.route_to(name):
+            torch.testing.assert_close(logits(model, core.tokens()), logits(reference, core.tokens()))
+    with pytest.raises(AdapterError, match="an adapter 'new' already"):
+        model.add_adapter("new", mixed_adapters["one"])
+
+
+def test_an_added_adapter_is_saved(core, model, base, mixed_adapters, tmp_path):
+    model.add_adapter("fifth", mixed_adapters["one"])
+    model.save_pretrained(tmp_path / "m")
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    assert again.adapter_names[-1] == "fifth"
+    assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
+
+
+def test_generation_with_and_without_cache_and_with_left_padding(core, model):
+    ids = core.tokens(2, 6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = model.generate(ids, **settings)
+    assert cached.shape == (2, 12)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    padded, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
+    padded[:, 3:], mask[:, 3:] = ids, 1
+    longer = model.generate(input_ids=padded, attention_mask=mask, **settings)
+    assert torch.equal(longer[:, 9:], cached[:, 6:])
+
+
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}])
+def test_a_list_of_names_is_repeated_with_the_samples(core, model, settings):
+    names = [model.adapter_names[2], model.adapter_names[0]]
+    ids = core.tokens(2, 5)
+    common = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    with model.route_to(names):
+        torch.manual_seed(0)
+        together = model.generate(ids, **common, **settings)
+        logits(model, ids)  # outside generate nothing is repeated
+    count = settings.get("num_return_sequences", 1)
+    assert len(together) == 2 * count
+    if "num_beams" in settings:
+        for row, name in enumerate(names):
+            with model.route_to(name):
+                assert torch.equal(model.generate(ids[row : row + 1], **common, **settings)[0], together[row])
+    model.base_model.generation_config.update(do_sample=True, num_return_sequences=2)
+    with model.route_to(names):
+        assert len(model.generate(ids, **common)) == 4
+
+
+def test_a_list_of_another_length_is_an_error(core, model):
+    with model.route_to(model.adapter_names[:2]), pytest.raises(ValueError, match="got 2 names.*expected 2 samples"):
+        logits(model, core.tokens(3))
+    assert model.state.forced is None
+
+
+def test_contexts_nest_and_end(core, model):
+    free = logits(model, core.tokens())
+    with model.route_to("one"):
+        one = logits(model, core.tokens())
+        with model.disable_adapters():
+            off = logits(model, core.tokens())
+        with model.route_to("three"):
+            assert not torch.equal(logits(model, core.tokens()), one)
+        assert torch.equal(logits(model, core.tokens()), one)
+    assert torch.equal(logits(model, core.tokens()), free) and not torch.equal(off, free)
+
+
+def test_the_warning_about_untrained_gates_comes_once(core, base, mixed_adapters, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+
+    def said(text):
+        count = sum(text in record.message for record in caplog.records)
+        caplog.clear()
+        return count
+
+    model = MeteoraModel.from_adapters(copy.deepcopy(base), mixed_adapters)
+    said("")
+    with model.route_to("one"):
+        logits(model, core.tokens())
+    with model.disable_adapters():
+        logits(model, core.tokens())
+    assert said("never trained") == 0  # the gates chose nothing
+    for expected in (1, 0):
+        logits(model, core.tokens())
+        assert said("never trained") == expected
+    model.save_pretrained(tmp_path / "m")
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    logits(again, core.tokens())
+    assert said("never trained") == 1
+    again.state.warning = None
+    again.add_adapter("late", mixed_adapters["one"])
+    logits(again, core.tokens())
+    assert said("never trained for 'late'") == 1
+
+
+def test_another_base_models_name_only_warns(base, mixed_adapters, tmp_path, caplog):
+    directory = Path(shutil.copytree(mixed_adapters["one"], tmp_path / "a"))
+    saved = json.loads((directory / "adapter_config.json").read_text())
+    for name in ("other/model", None):
+        (directory / "adapter_config.json").write_text(json.dumps({**saved, "base_model_name_or_path": name}))
+        caplog.clear()
+        MeteoraModel.from_adapters(copy.deepcopy(base), {"mine": directory})
+        assert "'mine' says it was trained for" in caplog.text and "so it is used" in caplog.text
+
+
+def test_train_adds_no_noise(core, tiny_llama, mixed_adapters):
+    config = copy.deepcopy(tiny_llama.config)
+    config.attention_dropout = 0.5
+    noisy = LlamaForCausalLM(config).train()
+    noisy.load_state_dict(tiny_llama.state_dict())
+    assert not torch.equal(logits(noisy, core.tokens()), logits(noisy, core.tokens()))
+    model = MeteoraModel.from_adapters(noisy, mixed_adapters)
+    assert torch.equal(logits(model, core.tokens()), logits(model, core.tokens()))
+    result = logits(model.eval(), core.tokens())
+    assert torch.equal(logits(model.train(), core.tokens()), result) and model.training
+
+
+def test_unload_gives_the_base_model_back(core, base, mixed_adapters):
+    base.train()
+    base.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in base.named_parameters()}
+    model = MeteoraModel.from_adapters(base, mixed_adapters)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "gate.weight" not in n)
+    assert model.unload() is base and base.training
+    assert {name: (p.data_ptr(), p.requires_grad) for name, p in base.named_parameters()} == before
+
+
+def test_the_loss_is_the_language_models_alone(core, model):
+    ids = core.tokens()
+    out = model(input_ids=ids, labels=ids)
+    expected = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert all(layer.gate.weight.grad is not None for layer in model.layers.values())
+
+
+def test_a_bf16_base_keeps_its_type(core, base, mixed_adapters):
+    model = core.randomize_gates(MeteoraModel.from_adapters(copy.deepcopy(base).bfloat16(), mixed_adapters))
+    assert logits(model, core.tokens()).dtype == torch.bfloat16
+    layer = model.layers[Q]
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16 and layer.gate.weight.dtype == torch.float32
+    exact = MeteoraModel.from_adapters(base, mixed_adapters)
+    with model.route_to("one"), exact.route_to("one"):
+        ours, reference = logits(model, core.tokens()).float(), logits(exact, core.tokens())
+    assert (ours - reference).norm() < 0.05 * reference.norm()
+
+
+def test_an_8_bit_float_weight_is_no_type_for_adapters(core, base, mixed_adapters):
+    linear = base.get_submodule(Q)
+    linear.weight = nn.Parameter(linear.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    model = MeteoraModel.from_adapters(base, mixed_adapters)
+    assert model.layers[Q].lora_A.dtype == torch.float32
+
+
+def test_a_copy_is_independent(core, model):
+    twin = copy.deepcopy(model)
+    twin.set_top_k(1)
+    for layer in twin.layers.values():
+        layer.gate.weight.data.zero_()
+    assert model.top_k == 2 and model.layers[Q].gate.weight.any()
+    assert all(twin.base_model.get_submodule(name) is layer for name, layer in twin.layers.items())

@@ -1,0 +1,284 @@
+"""Gate training: its losses and gradients against what they are by definition, and its loop against interruptions."""
+
+import copy
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates, training_loop
+from meteora.batches import collate, encode
+from meteora.training import _forward_joint, _forward_local
+
+CPU = torch.device("cpu")
+KEYS = ["step", "loss", "lm_loss", "gate_loss", "gate_accuracy"]
+
+
+@pytest.fixture
+def make(core, tiny_llama, mixed_adapters):
+    def make_model(**settings):
+        adapters = {"one": mixed_adapters["one"], "two": mixed_adapters["three"]}
+        model = MeteoraModel.from_adapters(copy.deepcopy(tiny_llama), adapters, MeteoraConfig(**settings))
+        return core.randomize_gates(model, std=0.3)
+
+    return make_model
+
+
+def gates(model):
+    return {name: layer.gate.weight.detach().clone() for name, layer in model.layers.items()}
+
+
+def run(model, core, tmp_path=None, **settings):
+    config = GateTrainingConfig(**{"max_steps": 3, "samples_per_step": 2, "learning_rate": 0.01, **settings})
+    return train_gates(model, core.rows(), config, tokenizer=core.Tokenizer(), output_dir=tmp_path)
+
+
+def batch_of(core, rows=None):
+    samples = encode(rows or core.rows(count=2), {"one": 0, "two": 1}, core.Tokenizer(), 100)
+    tokens, responses = (sum(n) for n in zip(*((len(s.ids), s.response_tokens) for s in samples), strict=True))
+    return collate(samples, 2, CPU), tokens, responses
+
+
+def written_out(model, batch, beta):
+    """L_LM + beta * L_gate from a trace-free forward pass: the gates' inputs are caught by hooks."""
+    inputs = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        for name, layer in model.layers.items()
+    ]
+    lm_loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    for hook in hooks:
+        hook.remove()
+    real = batch.attention_mask.bool()
+    labels = torch.tensor(batch.tasks).unsqueeze(1).expand(real.shape)[real]
+    losses = [torch.nn.functional.cross_entropy(model.layers[n].gate(x)[real], labels) for n, x in inputs.items()]
+    right = [(model.layers[n].gate(x)[real].argmax(-1) == labels).float().mean() for n, x in inputs.items()]
+    gate_loss = torch.stack(losses).mean()
+    return lm_loss + beta * gate_loss, lm_loss, gate_loss, torch.stack(right).mean()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_joint_is_the_loss_written_out(core, make, top_k):
+    model, reference = make(top_k=top_k), make(top_k=top_k)
+    batch, tokens, responses = batch_of(core)
+    config = GateTrainingConfig(beta=3.0)
+    parts = _forward_joint(model, batch, config, tokens * len(model.layers), responses)
+    expected = written_out(reference, batch, 3.0)
+    torch.testing.assert_close(parts, torch.stack([p.detach() for p in expected[1:]]), rtol=1e-4, atol=1e-5)
+    expected[0].backward()
+    for name, layer in model.layers.items():
+        assert layer.gate.weight.grad.abs().max() > 0
+        torch.testing.assert_close(
+            layer.gate.weight.grad, reference.layers[name].gate.weight.grad, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_the_local_gradient_is_autograds(core, make):
+    model = make()
+    batch, tokens, responses = batch_of(core)
+    decisions = tokens * len(model.layers)
+    _, loss, accuracy = _forward_local(model, batch, GateTrainingConfig(), decisions, responses)
+    found = {name: layer.gate.weight.grad for name, layer in model.layers.items()}
+    inputs = {}
+    for name, layer in model.layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
+    with model.route_to([model.adapter_names[task] for task in batch.tasks]):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    real = batch.attention_mask.bool()
+    labels = torch.tensor(batch.tasks).unsqueeze(1).expand(real.shape)[real]
+    total = torch.zeros(())
+    for name, layer in model.layers.items():
+        layer.gate.weight.grad = None
+        total = total + torch.nn.functional.cross_entropy(layer.gate(inputs[name])[real], labels, reduction="sum")
+    (total / decisions).backward()
+    torch.testing.assert_close(loss, (total / decisions).detach())
+    for name, layer in model.layers.items():
+        torch.testing.assert_close(found[name], layer.gate.weight.grad, rtol=1e-4, atol=1e-6)
+    assert 0 <= accuracy <= 1
+
+
+@pytest.mark.parametrize("objective", ["joint", "gate"])
+def test_training_learns_the_tasks_and_moves_nothing_else(core, make, objective):
+    model = make()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    history = run(model, core, objective=objective, max_steps=40, learning_rate=0.05)
+    assert [list(row) for row in history] == [KEYS] * 40 and [row["step"] for row in history] == list(range(1, 41))
+    assert history[-1]["gate_loss"] < 0.6 * history[0]["gate_loss"] and history[-1]["gate_accuracy"] > 0.75
+    if objective == "joint":
+        assert all(row["loss"] == pytest.approx(row["lm_loss"] + row["gate_loss"]) for row in history)
+    else:
+        assert all(math.isnan(row["lm_loss"]) and row["loss"] == row["gate_loss"] for row in history)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if n.endswith("gate.weight")}
+    assert all(p.grad is None for p in model.parameters()) and model.state.gate_observer is None
+    assert model.state.warning is None
+
+
+@pytest.mark.parametrize("objective", ["joint", "gate"])
+def test_micro_batches_do_not_change_the_result(core, make, objective):
+    whole, cut = make(), make()
+    rows = [run(whole, core, objective=objective), run(cut, core, objective=objective, tokens_per_batch=12)]
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, nan_ok=True)
+    for name, gate in gates(whole).items():
+        torch.testing.assert_close(gates(cut)[name], gate, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_history(core, make, recwarn):
+    plain, checkpointed = make(), make()
+    calls = []
+    layer = checkpointed.layers["model.layers.0.mlp.up_proj"]
+    layer.register_forward_hook(lambda *args: calls.append(1))
+    first = run(plain, core)
+    second = run(checkpointed, core, gradient_checkpointing=True)
+    assert len(calls) == 6  # each of three steps' forward passes, and again on the way back
+    for a, b in zip(first, second, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for name, gate in gates(plain).items():
+        torch.testing.assert_close(gates(checkpointed)[name], gate)
+    assert all("forward" not in vars(module) for module in checkpointed.modules())
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
+@pytest.mark.parametrize("objective", ["joint", "gate"])
+def test_an_interrupted_run_goes_on_where_it_was(core, make, tmp_path, monkeypatch, objective):
+    whole = make()
+    expected = run(whole, core, tmp_path / "whole", objective=objective, max_steps=5)
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    steps = 0
+
+    class Interrupted(Exception):
+        pass
+
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise Interrupted
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(Interrupted):
+        run(make(), core, tmp_path / "cut", objective=objective, max_steps=5)
+    assert [p.name for p in tmp_path.iterdir() if "cut" in p.name] == [".cut.unfinished.pt"]
+    steps = 10
+    again = make()
+    history = run(again, core, tmp_path / "cut", objective=objective, max_steps=5)
+    assert steps == 12  # three steps were not repeated
+    assert json.dumps(history) == json.dumps(expected)  # as text, since lm_loss may be NaN
+    for name, gate in gates(whole).items():
+        assert torch.equal(gates(again)[name], gate)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_a_run_with_other_arguments_starts_anew(core, make, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(training_loop.TrainingRun, "forget_checkpoint", lambda self: None)
+    run(make(), core, tmp_path / "a")
+    left = (tmp_path / ".a.unfinished.pt").read_bytes()
+    for settings, model in (({"learning_rate": 0.02}, make()), ({}, make(top_k=1)), ({}, make(temperature=2.0))):
+        expected = run(copy.deepcopy(model), core, **settings)
+        (tmp_path / ".a.unfinished.pt").write_bytes(left)
+        assert run(model, core, tmp_path / "a", **settings) == expected
+
+
+def test_the_result_is_saved_whole(core, make, tiny_llama, tmp_path):
+    model = make()
+    run(model, core, tmp_path / "out" / "gates")
+    again = MeteoraModel.from_pretrained(tiny_llama, tmp_path / "out" / "gates")
+    assert again.state.warning is None
+    for name, gate in gates(model).items():
+        assert torch.equal(gates(again)[name], gate)
+
+
+def test_a_full_output_directory_is_refused_before_the_work(core, make, tmp_path, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("")
+    monkeypatch.setattr(training_loop.TrainingRun, "loop", lambda *args, **kwargs: pytest.fail("trained"))
+    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+        run(make(), core, tmp_path)
+
+
+def test_the_seed_decides(core, make):
+    first, same, other = (run(make(), core, seed=seed) for seed in (3, 3, 4))
+    assert first == same != other
+
+
+def test_rows_of_unknown_tasks_are_named(core, make):
+    with pytest.raises(ValueError, match="row 0 .* of task 'three', for which there is no adapter"):
+        train_gates(make(), core.rows(("three",)), tokenizer=core.Tokenizer())
+
+
+def test_a_bf16_model_trains_float32_gates(core, make):
+    model = make()
+    model.base_model.to(torch.bfloat16)
+    for layer in model.layers.values():
+        layer.gate.float()
+    for objective in ("gate", "joint"):
+        history = run(model, core, objective=objective, max_steps=8, learning_rate=0.05)
+        assert history[-1]["gate_loss"] < history[0]["gate_loss"]
+    assert all(layer.gate.weight.dtype == torch.float32 for layer in model.layers.values())
+
+
+# Starts two processes that talk over gloo. They are forked, so that the imports are paid for once.
+SCRIPT = """
+import json, multiprocessing, os, sys, torch
+torch.set_num_threads(1)
+from accelerate import PartialState
+from transformers import LlamaForCausalLM
+from meteora import GateTrainingConfig, MeteoraModel, train_gates
+
+base, adapters, rows, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+
+class Tokenizer:
+    eos_token_id = pad_token_id = 2
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [3 + ord(c) % 61 for c in text]}
+
+def work(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    history = {}
+    for objective in ("joint", "gate"):
+        model = MeteoraModel.from_adapters(LlamaForCausalLM.from_pretrained(base), adapters)
+        config = GateTrainingConfig(objective=objective, max_steps=3, samples_per_step=2, learning_rate=0.01)
+        history[objective] = train_gates(model, rows, config, tokenizer=Tokenizer(), output_dir=f"{out}-{objective}")
+        MeteoraModel.from_pretrained(model.unload(), f"{out}-{objective}")  # every process finds it
+    with open(f"{out}-{rank}.json", "w") as file:
+        json.dump([PartialState().num_processes, history], file)
+    torch.distributed.destroy_process_group()
+
+processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(max(abs(process.exitcode) for process in processes))
+"""
+
+
+def test_two_processes_give_the_history_of_one(core, tiny_llama, mixed_adapters, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    adapters = {"one": mixed_adapters["one"], "two": mixed_adapters["three"]}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    distributed = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **distributed, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "script.py", "base", json.dumps(adapters), json.dumps(core.rows()), "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for objective in ("joint", "gate"):
+        model = MeteoraModel.from_adapters(copy.deepcopy(tiny_llama), adapters)
+        expected = run(model, core, objective=objective)
+        for rank in (0, 1):
+            count, history = json.loads((tmp_path / f"out-{rank}.json").read_text())
+            assert count == 2
+            for a, b in zip(history[objective], expected, strict=True):
+                assert a == pytest.approx(b, rel=1e-4, nan_ok=True)
