@@ -225,6 +225,7 @@ TOKENS = ["[INST] ", "a <b>&", ' "quoted"', " costs $5 and $6", "\n\n", " [/INST
 DOMINANT = [0, 0, 1, 1, 1, 1, 0, 1, 1]
 WEIGHT = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.5, 0.9, 1.0]
 ADAPTERS = ["first <task>", "second"]
+WRITTEN = [False] * 3 + [True] + [False] * 3 + [True] * 2
 
 
 class Spans(HTMLParser):
@@ -250,13 +251,13 @@ class Spans(HTMLParser):
 
 
 def test_figure4_html_is_self_contained_and_escaped():
-    text = figures.figure4_html(TOKENS, DOMINANT, WEIGHT, ADAPTERS, answer_start=7, title="A & B")
+    text = figures.figure4_html(TOKENS, DOMINANT, WEIGHT, ADAPTERS, written=WRITTEN, title="A & B")
     parser = Spans()
     parser.feed(text)
     assert parser.tags == {"div", "p", "b", "span"}
     assert [span[2].replace("⏎", "") for span in parser.spans] == TOKENS
     assert [span[0] for span in parser.spans] == [f"{ADAPTERS[d]}: {w:.2f}" for d, w in zip(DOMINANT, WEIGHT)]
-    assert ["border-bottom" in span[1] for span in parser.spans] == [n >= 7 for n in range(9)]
+    assert ["border-bottom" in span[1] for span in parser.spans] == WRITTEN
     assert "<task>" not in text and html.escape("first <task>") in text and "A &amp; B" in text
     assert not re.search(r"https?:|<script|<link|src=", text)
 
@@ -271,14 +272,14 @@ def test_tokens_are_darker_where_the_weight_is_higher():
 
 
 def test_figure4_picture_holds_every_character():
-    figure = figures.figure4_tokens(TOKENS, DOMINANT, WEIGHT, ADAPTERS, answer_start=7, columns=20)
+    figure = figures.figure4_tokens(TOKENS, DOMINANT, WEIGHT, ADAPTERS, written=WRITTEN, columns=20)
     [axes] = figure.axes
     shown = "".join(text.get_text() for text in axes.texts)
     assert shown.replace("⏎", "") == "".join(TOKENS).replace("\n", "")
     patches = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     assert all(patch.get_x() + patch.get_width() <= 20 for patch in patches)
     assert sum(patch.get_width() for patch in patches) == len(shown)
-    assert len(axes.get_lines()) == 2  # the underlined answer
+    assert len(axes.get_lines()) == 3  # the underlined tokens, none of them cut by the end of a line
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ADAPTERS
 
 
@@ -287,6 +288,8 @@ def test_figure4_wants_an_adapter_and_a_weight_for_every_token():
         figures.figure4_tokens(TOKENS, DOMINANT, [1.0], ADAPTERS)
     with pytest.raises(ValueError, match="index into the 1 adapters"):
         figures.figure4_html(TOKENS, DOMINANT, WEIGHT, ADAPTERS[:1])
+    with pytest.raises(ValueError, match="each of the 9 tokens who wrote it, not of 1"):
+        figures.figure4_html(TOKENS, DOMINANT, WEIGHT, ADAPTERS, written=[True])
 
 
 def test_figure1_names_the_seven_linear_layers_and_the_adapters():

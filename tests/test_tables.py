@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.tasks import TASKS
 from meteora.study import tables
-from meteora.study.claims import backend_ratios, claims_table
+from meteora.study.claims import backend_ratios, claims_table, published_composite10
 
 
 def independent_rows(values, metric="accuracy", n=40):
@@ -217,3 +217,11 @@ def test_a_zero_of_lora_b_gives_no_percentage():
     table = claims_table({"composite": rows}, "laptop").set_index("claim")
     cell = table.loc["Composites, correct answers, against LoRA-B", "measured here"]
     assert "1.50 against 0.00" in cell and "%" not in cell
+
+
+def test_published_composite10_adds_up():
+    table = published_composite10().set_index("sub-task")
+    accuracies, total = table.iloc[:-1], table.iloc[-1]
+    assert accuracies["MeteoRA"].sum() == pytest.approx(total["MeteoRA"], abs=0.005)
+    assert accuracies["LoRA-B"].sum() == pytest.approx(total["LoRA-B"], abs=0.005)
+    assert (accuracies * 128 - (accuracies * 128).round()).abs().max().max() < 0.1

@@ -100,8 +100,8 @@ def figure2_module(names: Sequence[str], logits: Sequence[float], weights: Seque
     chosen = sum(weight > 0 for weight in weights)
     pitch = 1.15
     tall = max(4, len(names)) * pitch
-    figure = plt.figure(figsize=(9.4, 1.9 + 0.55 * tall))
-    axes = _canvas(figure, 20, 2.6 + tall)
+    figure = plt.figure(figsize=(9.4, 1.5 + 0.55 * tall))
+    axes = _canvas(figure, 20, 2.0 + tall)
     top = tall + 0.6
     middle = top - len(names) * pitch / 2
     axes.text(0.35, middle, "x", fontsize=14, style="italic", va="center", ha="center")

@@ -29,7 +29,7 @@ def figure4_html(
     weight: Sequence[float],
     adapters: Sequence[str],
     *,
-    answer_start: int | None = None,
+    written: Sequence[bool] | None = None,
     title: str = "Figure 4",
 ) -> str:
     """Figure 4 as one self-contained piece of HTML; pointing at a token tells its adapter and weight.
@@ -38,15 +38,15 @@ def figure4_html(
         tokens: each token's text, spaces and line breaks included.
         dominant: index of each token's adapter in ``adapters``.
         weight: that adapter's weight, 0..1, averaged over layers.
-        answer_start: index of the first token that the model wrote; from there on tokens are underlined.
+        written: whether the model wrote a token itself; such tokens are underlined.
     """
-    _check(tokens, dominant, weight, adapters)
+    _check(tokens, dominant, weight, adapters, written)
     colors = list(adapter_colors(adapters).values())
     spans = []
     for n, (token, index, share) in enumerate(zip(tokens, dominant, weight)):
         back = token_shade(colors[index], share, len(adapters))
         style = f"background:{back};color:{readable_on(back)}"
-        if answer_start is not None and n >= answer_start:
+        if written is not None and written[n]:
             style += ";border-bottom:2px solid #333"
         hint = html.escape(f"{adapters[index]}: {share:.2f}", quote=True)
         text = html.escape(token.replace("\n", "⏎\n"))
@@ -57,7 +57,7 @@ def figure4_html(
         for n in sorted(set(dominant))
     ]
     note = "The darker, the higher the weight."
-    if answer_start is not None:
+    if written is not None:
         note += " Underlined: written by the model."
     return (
         '<div style="font-family:sans-serif;font-size:13px;max-width:980px;background:#fff;color:#000;padding:8px">'
@@ -75,11 +75,11 @@ def figure4_tokens(
     weight: Sequence[float],
     adapters: Sequence[str],
     *,
-    answer_start: int | None = None,
+    written: Sequence[bool] | None = None,
     columns: int = 110,
 ) -> Figure:
     """Figure 4 as a picture, in lines of ``columns`` characters; arguments as of :func:`figure4_html`."""
-    _check(tokens, dominant, weight, adapters)
+    _check(tokens, dominant, weight, adapters, written)
     colors = list(adapter_colors(adapters).values())
     places, lines = _places(tokens, columns)
     size = 7.0  # points
@@ -94,8 +94,8 @@ def figure4_tokens(
     axes.axis("off")
     for n, piece, line, start in places:
         back = token_shade(colors[dominant[n]], weight[n], len(adapters))
-        _draw_piece(axes, piece, line, start, back, size, answer_start is not None and n >= answer_start)
-    note = "dominant adapter; darker: higher weight" + ("; underlined: the answer" if answer_start is not None else "")
+        _draw_piece(axes, piece, line, start, back, size, written is not None and bool(written[n]))
+    note = "dominant adapter; darker: higher weight" + ("; underlined: written by the model" if written is not None else "")
     handles = [Patch(color=colors[n], label=adapters[n]) for n in used]
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(margin / full_width, 1.0), ncols=3, fontsize=8,
@@ -135,11 +135,19 @@ def _places(tokens: Sequence[str], columns: int) -> tuple[list[tuple[int, str, i
     return places, line + (column > 0)
 
 
-def _check(tokens: Sequence[str], dominant: Sequence[int], weight: Sequence[float], adapters: Sequence[str]) -> None:
+def _check(
+    tokens: Sequence[str],
+    dominant: Sequence[int],
+    weight: Sequence[float],
+    adapters: Sequence[str],
+    written: Sequence[bool] | None,
+) -> None:
     if not len(tokens) == len(dominant) == len(weight) or not tokens:
         raise ValueError(
             f"give a dominant adapter and a weight for every token: {len(tokens)} tokens, {len(dominant)} adapters, "
             f"{len(weight)} weights."
         )
+    if written is not None and len(written) != len(tokens):
+        raise ValueError(f"written must say of each of the {len(tokens)} tokens who wrote it, not of {len(written)}.")
     if not all(0 <= index < len(adapters) for index in dominant):
         raise ValueError(f"a dominant adapter must be an index into the {len(adapters)} adapters.")

@@ -20,7 +20,7 @@ _LOSSES = {
 
 @styled
 def gate_curves(gate_training: pd.DataFrame, *, adapters: int | None = None) -> Figure:
-    """Losses and gate accuracy over the steps, each step pale and a running mean over 5% of the steps on top.
+    """Losses and gate accuracy over the steps, each step pale and a running mean over 1/40 of the steps on top.
 
     Args:
         gate_training: rows ``step,loss,lm_loss,gate_loss,gate_accuracy``; a loss that was not computed is empty.
@@ -131,5 +131,5 @@ def _curve(axes: Axes, steps: pd.Series, values: pd.Series, color: str, line: st
         return
     steps, values = steps[present], values[present].astype(float)
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    smooth = values.rolling(max(1, len(values) // 20), min_periods=1).mean()
+    smooth = values.rolling(max(1, len(values) // 40), min_periods=1, center=True).mean()
     axes.plot(steps, smooth, color=color, linestyle=line, linewidth=1.8, label=text)
