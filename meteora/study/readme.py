@@ -1,0 +1,81 @@
+"""The parts of README.md that are made from other files: the results that are recorded here, and the profiles."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from meteora.study.artifacts import write_text
+from meteora.study.profiles import REPOSITORY, load_profile, profile_names
+from meteora.study.tables import in_order, interval_text, label, table1, table1_caption, to_markdown
+
+README = REPOSITORY / "README.md"
+RESULTS = REPOSITORY / "results"
+ORDER = ("smoke", "laptop", "smollm2", "llama3-8b", "llama2-13b")
+NO_RESULTS = "No run is recorded in this checkout yet: `./run_all.sh` makes one and writes it to `results/laptop/`.\n"
+
+
+def profiles_block() -> str:
+    """A table of the profiles that come with the repository."""
+    known = [name for name in ORDER if name in profile_names()]
+    rows = []
+    for profile in map(load_profile, [*known, *(name for name in profile_names() if name not in known)]):
+        needs = profile.needs
+        memory = f"{needs.memory_gb:g} GB" + (f" and {needs.gpu_memory_gb:g} GB on the GPU" if needs.gpu_memory_gb else "")
+        time = f"{needs.minutes:g} min" if needs.minutes < 120 else f"{needs.minutes / 60:g} h"
+        rows.append([f"`{profile.name}`", profile.description, needs.device, memory, f"{needs.disk_gb:g} GB", time])
+    return to_markdown(pd.DataFrame(rows, columns=["profile", "what", "needs", "memory", "disk", "time"]))
+
+
+def results_block(results: Path = RESULTS) -> str:
+    """Every recorded run's accuracy by method, and its answers to composites in one context."""
+    parts = []
+    for name in [name for name in ORDER if name != "smoke"]:
+        metrics = results / name / "metrics"
+        if (metrics / "independent.csv").is_file():
+            independent = pd.read_csv(metrics / "independent.csv")
+            means = table1(independent[independent["metric"] == "accuracy"])
+            caption = table1_caption(independent).removeprefix("Table 1. ")
+            parts.append(f"**Profile `{name}`: {load_profile(name).description}**\n\n{caption}\n\n{to_markdown(means)}")
+        if (metrics / "composite.csv").is_file():
+            parts.append(_composites(pd.read_csv(metrics / "composite.csv")))
+    return "\n".join(parts) or NO_RESULTS
+
+
+def _composites(composite: pd.DataFrame) -> str:
+    """One row a method, one column a composite and protocol: correct answers of an item, over all its sub-tasks."""
+    correct = composite[(composite["subtask"] == "ALL") & (composite["metric"] == "correct")]
+    columns: dict[str, dict[str, str]] = {}
+    for (size, protocol), part in correct.groupby(["composite", "protocol"], sort=False):
+        several = part["temperature"].nunique() > 1
+        for temperature, cells in part.groupby("temperature"):
+            heading = f"{protocol}, of {size}" + (f", T = {temperature:g}" if several else "")
+            columns[heading] = {row.method: interval_text(row.value, row.low, row.high) for row in cells.itertuples()}
+    table = pd.DataFrame({"method": [label(m) for m in in_order(correct["method"])]})
+    for heading, cells in columns.items():
+        table[heading] = [cells.get(method, "") for method in in_order(correct["method"])]
+    items = int(correct["n"].max())
+    return f"Composites, correct answers per item (mean over {items} items, 95% bootstrap interval):\n\n{to_markdown(table)}"
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """README's text with its marked blocks made anew."""
+    for name, block in (("results", results_block(results)), ("profiles", profiles_block())):
+        begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md must have the lines {begin!r} and {end!r} once each.")
+        text = re.sub(
+            f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{block}{end}", text, flags=re.DOTALL
+        )
+    return text
+
+
+def update() -> bool:
+    """Bring README.md up to date; whether anything changed."""
+    old = README.read_text(encoding="utf-8")
+    new = fill(old)
+    if new != old:
+        write_text(README, new)
+    return new != old

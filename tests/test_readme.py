@@ -1,0 +1,98 @@
+"""README.md says what is true: its tables come from the files, its example runs, its names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pandas as pd
+import peft
+import pytest
+
+import meteora
+from data_prep.base_models import load_base_model
+from meteora.study.profiles import REPOSITORY
+from meteora.study.readme import NO_RESULTS, README, fill, results_block
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+def changed_in_checkout(folder: str) -> bool:
+    command = ["git", "status", "--porcelain", folder]
+    status = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return status.returncode == 0 and bool(status.stdout)
+
+
+@pytest.mark.skipif(changed_in_checkout("results"), reason="results/ holds a run of your own; README tells of the recorded one")
+def test_generated_tables_are_up_to_date() -> None:
+    assert fill(TEXT) == TEXT, "run .venv/bin/meteora-study --readme"
+
+
+def test_drift_is_noticed() -> None:
+    assert fill(TEXT.replace("| `laptop` |", "| `desktop` |")) == fill(TEXT) != TEXT.replace("`laptop` |", "`desktop` |")
+
+
+def test_missing_markers_are_named() -> None:
+    with pytest.raises(ValueError, match="results: end"):
+        fill(TEXT.replace("<!-- results: end -->", ""))
+
+
+def test_results_block(tmp_path) -> None:
+    assert results_block(tmp_path) == NO_RESULTS
+    metrics = tmp_path / "laptop" / "metrics"
+    metrics.mkdir(parents=True)
+    rows = [("winowhy", m, "accuracy", v, v - 0.1, v + 0.1, 40) for m, v in (("base", 0.25), ("meteora_top2", 0.75))]
+    columns = ["task", "method", "metric", "value", "low", "high", "n"]
+    pd.DataFrame(rows, columns=columns).to_csv(metrics / "independent.csv", index=False)
+    rows = [
+        (3, protocol, 0, temperature, subtask, "lora_b", metric, value, value - 0.5, value + 0.5, 16)
+        for protocol, temperature in (("numbered", 1.0), ("sequential", 1.0), ("sequential", 15.0))
+        for subtask, metric, value in (("ALL", "attempted", 2.0), ("ALL", "correct", 1.5), ("winowhy", "accuracy", 0.5))
+    ]
+    columns = ["composite", "protocol", "shots", "temperature", "subtask", "method", "metric", "value", "low", "high", "n"]
+    pd.DataFrame(rows, columns=columns).to_csv(metrics / "composite.csv", index=False)
+    block = results_block(tmp_path)
+    assert "1 of the paper's 28 tasks" in block
+    assert re.search(r"\| MeteoRA top-2 \| 0\.750 \[", block)
+    assert "| method | numbered, of 3 | sequential, of 3, T = 1 | sequential, of 3, T = 15 |" in block
+    assert "| LoRA-B | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] |" in block
+    assert "2.00 [1.50" not in block  # attempted is another measure
+
+
+def test_every_file_in_the_tree_exists() -> None:
+    tree = TEXT.split("## What is where")[1].split("```")[1]
+    folder = REPOSITORY
+    for line in tree.strip().splitlines():
+        top = re.match(r"(\S+?)/? ", line)
+        if top and not line.startswith((" ", "results", "artifacts")):
+            folder = REPOSITORY / top[1]
+            assert folder.exists(), line
+        for name in re.findall(r"\b\w+\.py\b", line):
+            assert (folder / name).is_file(), f"{name} in {line!r}"
+
+
+def test_example_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_base_model("tiny")
+    model.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    for name in ("sql", "summaries"):
+        adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        adapter.save_pretrained(f"adapters/{name}")
+        model = adapter.unload()
+    example = TEXT.split("## With your own adapters")[1].split("```python")[1].split("```")[0]
+    assert len(example.strip().splitlines()) <= 12
+    example = example.replace("path-or-hub-id", "base")
+    example = example.replace(", ...]", ', {"prompt": "a", "response": "b", "task": "summaries"}]')
+    variables: dict = {}
+    exec(compile(example, "README.md", "exec"), variables)
+    again = meteora.MeteoraModel.from_pretrained(load_base_model("base")[0], "mixture")
+    assert again.adapter_names == ["sql", "summaries"]
+    for call in re.findall(r"`model\.(\w+)\(", TEXT):
+        assert hasattr(again, call), call
+
+
+def test_commands_are_those_of_the_script() -> None:
+    script = (REPOSITORY / "run_all.sh").read_text(encoding="utf-8")
+    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", TEXT)):
+        assert option in script, option
