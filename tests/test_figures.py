@@ -131,12 +131,13 @@ def test_composites_have_a_panel_for_each_protocol():
                 rows.append((3, protocol, 0, temperature, "ALL", method, metric, value, value, value, 16))
     columns = "composite protocol shots temperature subtask method metric value low high n".split()
     figure = figures.composite_summary(pd.DataFrame(rows, columns=columns))
-    first, second = figure.axes
+    first, second = visible_axes(figure)
     assert first.get_title() == "composite-3, guided\n0-shot, T = 15"
     assert [label.get_text() for label in first.get_yticklabels()] == ["LoRA-B", "PEFT (told the task)"]
     places = [x for line in second.get_lines() for x in np.atleast_1d(line.get_xdata()) if x == x]
     assert places == [3.0, 1.25]
     assert "of 3" in first.get_xlabel()
+    assert len(figure.axes) == 4  # two temperatures, two protocols, two of the four measured
     with pytest.raises(ValueError, match="no rows of sub-task ALL"):
         figures.composite_summary(pd.DataFrame(rows, columns=columns).assign(subtask="winowhy"))
 

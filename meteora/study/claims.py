@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -34,22 +34,27 @@ def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFr
     Returns:
         ``claim, paper, measured here, n, command``.
     """
-    rows = []
+    found: list[tuple[str, str, str, Finding | None]] = []
     for claim, paper, notebook, measure in (
         ("Per-token loop against the other strategies", "up to 10x the time", "05", _loop_against_rest),
         ("bmm-torch against the loop", "about 4x faster on average", "05", _bmm_against_loop),
         ("bmm-torch against its bound, a single LoRA", "only 2.5x slower", "05", _bmm_against_bound),
         ("Triton operator against bmm-torch", "about 80% of its speed, at the loop's memory", "05", _triton),
         ("MeteoRA against PEFT with the adapter chosen by hand", "comparable on 28 tasks", "03", _against_peft),
-        ("Composites, answers attempted, against LoRA-B", "+35% on composite-10", "04", _attempted),
-        ("Composites, correct answers, against LoRA-B", "+27% on composite-10", "04", _correct),
-        ("Composites, sub-tasks won against LoRA-B", "almost every one", "04", _subtasks_won),
         ("The gates choose the adapter of the task at hand", "they switch where tasks meet", "03", _routing),
     ):
-        finding = measure(metrics)
-        command = f"./run_all.sh --profile {profile} --only {notebook}"
+        found.append((claim, paper, notebook, measure(metrics)))
+    for claim, paper, measure in (
+        ("answers attempted, against LoRA-B", "+35% on composite-10", _attempted),
+        ("correct answers, against LoRA-B", "+27% on composite-10", _correct),
+        ("sub-tasks won against LoRA-B", "almost every one", _subtasks_won),
+    ):
+        by_size = measure(metrics) or {"n": None}
+        found += [(f"Composite-{size}, {claim}", paper, "04", finding) for size, finding in by_size.items()]
+    rows = []
+    for claim, paper, notebook, finding in found:
         text, n = finding or (f"not measured: notebook {notebook} has left nothing on it", "")
-        rows.append((claim, paper, text, n, command))
+        rows.append((claim, paper, text, n, f"./run_all.sh --profile {profile} --only {notebook}"))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -128,39 +133,45 @@ def _against_peft(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
     return Finding(text, int(means.loc["peft", "n"]))
 
 
-def _attempted(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+def _attempted(metrics: Mapping[str, pd.DataFrame]) -> dict[int, Finding]:
     return _against_lora_b(metrics, "attempted")
 
 
-def _correct(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+def _correct(metrics: Mapping[str, pd.DataFrame]) -> dict[int, Finding]:
     return _against_lora_b(metrics, "correct")
 
 
-def _against_lora_b(metrics: Mapping[str, pd.DataFrame], metric: str) -> Finding | None:
-    wide = _ours_and_lora_b(metrics, metric, lambda subtask: subtask == "ALL")
-    if wide is None:
-        return None
-    parts = []
-    for (size, protocol, temperature), row in wide.iterrows():
-        ours, other = row["meteora"], row["lora_b"]
-        change = f" ({100 * (ours / other - 1):+.0f}%)" if other > 0 else ""
-        parts.append(f"composite-{size} {protocol}, T={temperature:g}: {ours:.2f} against {other:.2f}{change}")
-    return Finding("; ".join(parts), int(wide["n"].max()))
+def _against_lora_b(metrics: Mapping[str, pd.DataFrame], metric: str) -> dict[int, Finding]:
+    def in_words(part: pd.DataFrame) -> str:
+        ours, other = part["meteora"].iloc[0], part["lora_b"].iloc[0]
+        return f"{ours:.2f} against {other:.2f}" + (f" ({100 * (ours / other - 1):+.0f}%)" if other > 0 else "")
+
+    return _by_size(_ours_and_lora_b(metrics, metric, lambda subtask: subtask == "ALL"), in_words)
 
 
-def _subtasks_won(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
-    wide = _ours_and_lora_b(metrics, "accuracy", lambda subtask: subtask != "ALL")
-    if wide is None:
-        return None
-    parts = []
-    for (size, protocol, temperature), part in wide.groupby(level=[0, 1, 2], sort=False):
+def _subtasks_won(metrics: Mapping[str, pd.DataFrame]) -> dict[int, Finding]:
+    def in_words(part: pd.DataFrame) -> str:
         won, lost = int((part["meteora"] > part["lora_b"]).sum()), int((part["meteora"] < part["lora_b"]).sum())
-        equal = len(part) - won - lost
-        parts.append(f"composite-{size} {protocol}, T={temperature:g}: {won} won, {equal} equal, {lost} lost")
-    return Finding("; ".join(parts), int(wide["n"].max()))
+        return f"{won} won, {len(part) - won - lost} equal, {lost} lost"
+
+    return _by_size(_ours_and_lora_b(metrics, "accuracy", lambda subtask: subtask != "ALL"), in_words)
 
 
-def _ours_and_lora_b(metrics: Mapping[str, pd.DataFrame], metric: str, wanted) -> pd.DataFrame | None:
+def _by_size(wide: pd.DataFrame | None, in_words: Callable[[pd.DataFrame], str]) -> dict[int, Finding]:
+    """Size of the composites -> what their protocols and temperatures say, one after another."""
+    if wide is None:
+        return {}
+    findings = {}
+    for size, of_size in wide.groupby(level="composite", sort=False):
+        settings = of_size.groupby(level=["protocol", "temperature"], sort=False)
+        parts = [f"{protocol}, T={temperature:g}: {in_words(part)}" for (protocol, temperature), part in settings]
+        findings[size] = Finding("; ".join(parts), int(of_size["n"].max()))
+    return findings
+
+
+def _ours_and_lora_b(
+    metrics: Mapping[str, pd.DataFrame], metric: str, wanted: Callable[[str], bool]
+) -> pd.DataFrame | None:
     """MeteoRA's and LoRA-B's values side by side, by composite, protocol and temperature (and sub-task)."""
     if "composite" not in metrics:
         return None

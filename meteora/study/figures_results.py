@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from meteora.study.figures_style import METHOD_STYLES, legend_below, style_of, styled
@@ -109,7 +110,7 @@ def figure3_dots(
 
 @styled
 def composite_summary(composite: pd.DataFrame) -> Figure:
-    """Attempted (hollow) and correct (filled) answers per item, a panel for each composite, protocol and temperature.
+    """Attempted (hollow) and correct (filled) answers per item: a column a protocol, a row a composite and temperature.
 
     Args:
         composite: rows ``composite,protocol,shots,temperature,subtask,method,metric,value,low,high,n``.
@@ -119,36 +120,43 @@ def composite_summary(composite: pd.DataFrame) -> Figure:
     if frame.empty:
         raise ValueError("composite.csv has no rows of sub-task ALL; run the composite evaluation again.")
     methods = in_order(frame["method"])
-    panels = list(frame.groupby(["composite", "protocol", "shots", "temperature"], sort=False))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = plt.figure(figsize=(1.3 + 2.9 * columns, 0.7 + lines * (0.9 + 0.28 * len(methods))), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for axes, (setting, part) in zip(grid.flat, panels):
-        size, protocol, shots, temperature = setting
-        for metric, offset, filled in (("attempted", 0.14, False), ("correct", -0.14, True)):
-            found = part[part["metric"] == metric].set_index("method").reindex(methods)
-            for place, method in enumerate(methods):
-                color, marker, _ = style_of(METHOD_STYLES, method)
-                row, height = found.loc[method], len(methods) - 1 - place + offset
-                axes.hlines(height, row["low"], row["high"], color=color, linewidth=1.4)
-                axes.plot(
-                    row["value"], height, marker=marker, color=color, markerfacecolor=color if filled else "white",
-                    markersize=5.5, linestyle="", clip_on=False,
-                )  # fmt: skip
-        axes.set_xlim(0, size)
-        axes.set_xlabel(f"answers per item (of {size})")
-        axes.set_title(f"composite-{size}, {protocol}\n{shots}-shot, T = {temperature:g}")
-        axes.set_yticks(range(len(methods)), [label(m) for m in reversed(methods)])
-        axes.set_ylim(-0.6, len(methods) - 0.4)
-    for axes in list(grid.flat)[len(panels):]:
-        axes.set_visible(False)
+    panels = {key: part for key, part in frame.groupby(["composite", "temperature", "protocol"], sort=False)}
+    protocols = list(dict.fromkeys(protocol for _, _, protocol in panels))
+    rows = list(dict.fromkeys((size, temperature) for size, temperature, _ in panels))
+    height = 0.7 + len(rows) * (0.9 + 0.28 * len(methods))
+    figure = plt.figure(figsize=(1.3 + 2.9 * len(protocols), height), layout="constrained")
+    grid = figure.subplots(len(rows), len(protocols), squeeze=False, sharey=True)
+    for (size, temperature), line in zip(rows, grid):
+        for protocol, axes in zip(protocols, line):
+            part = panels.get((size, temperature, protocol))
+            if part is None:
+                axes.set_visible(False)
+            else:
+                _composite_panel(axes, part, methods, size)
+                axes.set_title(f"composite-{size}, {protocol}\n{part['shots'].iloc[0]}-shot, T = {temperature:g}")
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", color="#333333", markerfacecolor=face, label=text)
         for face, text in (("white", "attempted"), ("#333333", "correct"))
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
+
+
+def _composite_panel(axes: Axes, part: pd.DataFrame, methods: Sequence[str], size: int) -> None:
+    for metric, offset, filled in (("attempted", 0.14, False), ("correct", -0.14, True)):
+        found = part[part["metric"] == metric].set_index("method").reindex(methods)
+        for place, method in enumerate(methods):
+            color, marker, _ = style_of(METHOD_STYLES, method)
+            row, height = found.loc[method], len(methods) - 1 - place + offset
+            axes.hlines(height, row["low"], row["high"], color=color, linewidth=1.4)
+            axes.plot(
+                row["value"], height, marker=marker, color=color, markerfacecolor=color if filled else "white",
+                markersize=5.5, linestyle="", clip_on=False,
+            )  # fmt: skip
+    axes.set_xlim(0, size)
+    axes.set_xlabel(f"answers per item (of {size})")
+    axes.set_yticks(range(len(methods)), [label(m) for m in reversed(methods)])
+    axes.set_ylim(-0.6, len(methods) - 0.4)
 
 
 def _of_metric(independent: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -95,7 +95,9 @@ def figure4_tokens(
     for n, piece, line, start in places:
         back = token_shade(colors[dominant[n]], weight[n], len(adapters))
         _draw_piece(axes, piece, line, start, back, size, written is not None and bool(written[n]))
-    note = "dominant adapter; darker: higher weight" + ("; underlined: written by the model" if written is not None else "")
+    note = "dominant adapter; darker: higher weight"
+    if written is not None:
+        note += "; underlined: written by the model"
     handles = [Patch(color=colors[n], label=adapters[n]) for n in used]
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(margin / full_width, 1.0), ncols=3, fontsize=8,

@@ -80,7 +80,7 @@ def table1(independent: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame({"method": [label(m) for m in in_order(means["method"])]})
     for metric in _metrics(means["metric"]):
         part = means[means["metric"] == metric]
-        cells = {label(row.method): interval_text(row.value, row.low, row.high) for row in part.itertuples()}
+        cells = {label(row.method): interval_text(row.value, row.low, row.high, metric) for row in part.itertuples()}
         count = part["tasks"].iloc[0]
         heading = f"{METRIC_LABELS.get(metric, metric)} ({count} task{'' if count == 1 else 's'})"
         table[heading] = table["method"].map(cells)
@@ -96,7 +96,7 @@ def table1_tasks(independent: pd.DataFrame, metric: str = "accuracy") -> pd.Data
         raise ValueError(f"independent.csv has no metric {metric!r}; it has {known}.")
     rows = []
     for task, part in frame.groupby("task"):
-        cells = {row.method: interval_text(row.value, row.low, row.high) for row in part.itertuples()}
+        cells = {row.method: interval_text(row.value, row.low, row.high, metric) for row in part.itertuples()}
         rows.append({"task": task, "n": int(part["n"].max())} | cells)
     table = pd.DataFrame(rows)[["task", "n", *in_order(frame["method"])]]
     return table.rename(columns=label).fillna("")
@@ -114,8 +114,10 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
     keys = ["composite", "protocol", "shots", "temperature", "subtask", "metric"]
     rows = []
     for key, part in composite.groupby(keys, sort=False):
-        cells = {row.method: interval_text(row.value, row.low, row.high) for row in part.itertuples()}
         setting = dict(zip(keys, key))
+        cells = {
+            row.method: interval_text(row.value, row.low, row.high, setting["metric"]) for row in part.itertuples()
+        }
         size = setting["composite"]
         metric = METRIC_LABELS.get(setting["metric"], setting["metric"])
         rows.append(
@@ -155,11 +157,11 @@ def table2_caption(composite: pd.DataFrame) -> str:
     )
 
 
-def interval_text(value: float, low: float | None = None, high: float | None = None) -> str:
-    """``0.360 [0.310, 0.410]``; values above 1 with two digits; without an interval the value alone."""
+def interval_text(value: float, low: float | None = None, high: float | None = None, metric: str = "accuracy") -> str:
+    """``0.360 [0.310, 0.410]``; two digits for BLEU and counts of answers; without an interval the value alone."""
     if pd.isna(value):
         return ""
-    digits = 2 if max(abs(value), 0 if pd.isna(high) else abs(high)) > 1 else 3
+    digits = 2 if metric in ("bleu", "bleu_published", "attempted", "correct") else 3
     text = f"{value:.{digits}f}"
     return text if pd.isna(low) or pd.isna(high) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
