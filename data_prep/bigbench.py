@@ -62,7 +62,7 @@ def extract_tasks(archive: Path, target: Path, names: Sequence[str], root: PureP
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:
         try:
             # Streamed: the archive holds thousands of members that are never wanted.
-            with tarfile.open(archive, "r|gz") as tar, tqdm(total=len(wanted), desc="extract tasks", unit="task") as bar:
+            with tarfile.open(archive, "r|gz") as tar, tqdm(total=len(wanted), desc="extract", unit="task") as bar:
                 for member in tar:
                     parts = _safe_parts(member, root)
                     if parts is None or parts[0] not in wanted:

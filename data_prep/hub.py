@@ -108,7 +108,7 @@ def _examples(task: Task, split: str, rows: Iterable[dict]) -> list[Example]:
 
 
 def _flatten(row: dict) -> dict:
-    """A row's fields by the names the templates use: translations side by side, alpaca's input below its instruction."""
+    """A row's fields by the templates' names: translations side by side, alpaca's input below its instruction."""
     if "translation" in row:
         return row["translation"]
     if row.get("input"):

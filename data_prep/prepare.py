@@ -113,7 +113,7 @@ def load_split(data_dir: str | Path, task: str, split: str) -> list[Example]:
     # Without a manifest a preparation was interrupted, and files of a task it does not name are from another one.
     manifest = Path(data_dir) / MANIFEST
     if not manifest.is_file() or name not in json.loads(manifest.read_text(encoding="utf-8"))["tasks"]:
-        raise DataError(f"Task {name} was not prepared in {data_dir}: run data_prep.prepare.prepare_tasks for it first.")
+        raise DataError(f"Task {name} was not prepared in {data_dir}: run prepare_tasks of data_prep for it first.")
     path = Path(data_dir) / name / f"{split}.jsonl"
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]

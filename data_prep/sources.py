@@ -54,9 +54,9 @@ PIP = PackageFile(
     sha256="931c303696af6fa3417112103b1cad26890e5a07eccb5b99783700e33f2b8aad",
     size=1_816_475,
 )
-"""The pip that fetches source archives. pip reads an archive's requirements even if it is only to download it, and since
-26.3 it refuses BIG-bench's, as one of them is a URL. Nothing is installed and the archive is checked by hash, so that
-this requirement is never followed; the last version without the rule gets it, whatever pip the environment has."""
+"""The pip that fetches source archives. pip reads an archive's requirements even if it is only to download it, and
+since 26.3 it refuses BIG-bench's, as one of them is a URL. Nothing is installed and the archive is checked by hash, so
+that this requirement is never followed; the last version without the rule gets it, whatever pip the environment has."""
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -135,10 +135,11 @@ def _check_hash(path: Path, expected: str) -> None:
         )
 
 
-def _pip_download(
-    pip: list[str], name: str, version: str, filename: str, folder: Path, size: int | None
-) -> None:
-    """Runs `python *pip download` in a process of its own; its temporary files lie in `folder`, whose growth drives the progress bar."""
+def _pip_download(pip: list[str], name: str, version: str, filename: str, folder: Path, size: int | None) -> None:
+    """Runs `python *pip download` in a process of its own, with all its files in `folder`.
+
+    The folder's growth drives the progress bar; pip's own output goes to a log there, read only after a failure.
+    """
     kind = "--only-binary" if filename.endswith(".whl") else "--no-binary"
     command = [sys.executable, *pip, "download", "--no-deps", "--disable-pip-version-check", "--retries", "2"]
     command += ["--progress-bar", "off", kind, name, "--dest", str(folder), f"{name}=={version}"]

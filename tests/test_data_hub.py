@@ -37,7 +37,8 @@ def mirror(tmp_path, monkeypatch):
     root = tmp_path / "mirror"
     gsm8k, news = ROWS["openai/gsm8k"]["rows"], ROWS["Helsinki-NLP/news_commentary"]
     _repository(
-        root / "openai/gsm8k", {"main": {"train": gsm8k, "test": gsm8k[1:]}, "socratic": {"train": [{"question": "no"}]}}
+        root / "openai/gsm8k",
+        {"main": {"train": gsm8k, "test": gsm8k[1:]}, "socratic": {"train": [{"question": "no"}]}},
     )
     cnn = ROWS["abisee/cnn_dailymail"]["rows"]
     _repository(root / "abisee/cnn_dailymail", {"3.0.0": {"train": cnn, "validation": cnn[:1], "test": cnn[1:]}})
@@ -120,5 +121,5 @@ def test_other_fields_than_expected_are_named(mirror):
 def test_without_a_network_one_sentence_and_no_waiting(monkeypatch):
     monkeypatch.setattr(hub, "hub_answers", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the network"))
-    with pytest.raises(DownloadError, match="gsm8k needs the data set openai/gsm8k.*does not answer: check the network"):
+    with pytest.raises(DownloadError, match="gsm8k needs the data set openai/gsm8k.*does not answer: check"):
         load_hub_task(get_task("gsm8k"))

@@ -144,7 +144,8 @@ def test_all_22_tasks_of_the_real_archive(tmp_path):
         pytest.skip(f"{BIGBENCH.filename} is not in {cache}; a run of the study puts it there")
     sizes = {"train": 700, "valid": 50, "test": 100}
     manifest = prepare_tasks(bigbench_names(), tmp_path, sizes=sizes)
-    assert {name: entry["counts"] for name, entry in manifest["tasks"].items()} == dict.fromkeys(bigbench_names(), sizes)
+    counts = {name: entry["counts"] for name, entry in manifest["tasks"].items()}
+    assert counts == dict.fromkeys(bigbench_names(), sizes)
     # What the hub's copy of BIG-bench counts, after its removal of repeated examples.
     available = {name: entry["available"] for name, entry in manifest["tasks"].items()}
     assert available["abstract_narrative_understanding"] == 3000

@@ -24,7 +24,7 @@ def index(tmp_path, monkeypatch):
     info = "tiny_pkg-1.0.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
         wheel.writestr("tiny_pkg/weights.gguf", b"GGUF")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-pkg\nVersion: 1.0\nRequires-Dist: absent\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-pkg\nVersion: 1.0\nRequires-Dist: no\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -100,7 +100,8 @@ def test_a_source_archive_with_a_url_requirement_is_fetched_by_the_pinned_pip(in
     backend = (
         "def prepare_metadata_for_build_wheel(folder, settings=None):\n"
         "    import os\n    os.mkdir(folder + '/url_pkg-1.0.dist-info')\n"
-        f"    open(folder + '/url_pkg-1.0.dist-info/METADATA', 'w').write({metadata + 'Requires-Dist: x @ file:///x'!r})\n"
+        f"    text = {metadata + 'Requires-Dist: x @ file:///x'!r}\n"
+        "    open(folder + '/url_pkg-1.0.dist-info/METADATA', 'w').write(text)\n"
         "    return 'url_pkg-1.0.dist-info'\n"
     )
     project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
