@@ -82,7 +82,8 @@ def test_a_method_leaves_the_settings_as_they_were(models):
     model, single = models
     model.set_top_k(3)
     model.set_temperature(5.0)
-    with pytest.raises(KeyError), build_methods(["meteora_top1"], model, single, temperature=2.0)["meteora_top1"].active():
+    method = build_methods(["meteora_top1"], model, single, temperature=2.0)["meteora_top1"]
+    with pytest.raises(KeyError), method.active():
         assert (model.top_k, model.state.temperature) == (1, 2.0)
         raise KeyError
     assert (model.top_k, model.state.temperature) == (3, 5.0)

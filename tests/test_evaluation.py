@@ -177,7 +177,8 @@ def test_rows_and_paired_differences(tiny, examples, methods, tmp_path, monkeypa
     wrong = {task: [answers[0], *["nothing of the kind"] * 4] for task, answers in right.items()}
     monkeypatch.setattr(evaluation, "predict_independent", lambda *a, **k: {"base": wrong, "peft": right})
     result = evaluate_independent(
-        {"base": None, "peft": None}, examples, tokenizer=tiny[1], predictions_dir=tmp_path, batch_size=2, max_new_tokens=4
+        {"base": None, "peft": None}, examples, tokenizer=tiny[1], predictions_dir=tmp_path, batch_size=2,
+        max_new_tokens=4,
     )
     assert {tuple(row) for row in result.rows} == {("task", "method", "metric", "value", "low", "high", "n")}
     accuracy = {(row["task"], row["method"]): row for row in result.rows if row["metric"] == "accuracy"}

@@ -42,7 +42,7 @@ class Scripted:
         ([" yes\n", " no\n", " both\n", " more\n"], "1. yes\n2. no\n3. both"),
         ([" yes|", " no|", " both|"], "1. yes\n2. no\n3. both"),  # ends the text after every answer
         (["|", "\n", " both|"], "1. \n2. \n3. both"),  # empty answers stay empty
-        ([" abcdefghijklmno\n", " z|"], "1. abcdefghi\n2. jklmno\n3. z"),  # cut after 10 tokens, however long it goes on
+        ([" abcdefghijklmno\n", " z|"], "1. abcdefghi\n2. jklmno\n3. z"),  # cut after 10 tokens
         ([], "1. \n2. \n3. "),
     ],
 )

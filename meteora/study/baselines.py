@@ -1,8 +1,9 @@
 """The methods that are compared, and how each is run: one table from a method's name to a model in a certain state.
 
-MeteoRA, the base model and PEFT with the right adapter (`peft`, the oracle) are states of one `MeteoraModel` that holds the
-tasks' adapters. Baselines with one adapter for everything (one LoRA trained on all tasks, merged LoRAs) are states of a second
-one that holds those, since forced routing to an adapter *is* stock PEFT with that adapter. Both wrap the same base weights.
+MeteoRA, the base model and PEFT with the right adapter (`peft`, the oracle) are states of one `MeteoraModel` that
+holds the tasks' adapters. Baselines with one adapter for everything (one LoRA trained on all tasks, merged LoRAs) are
+states of a second one that holds those, since forced routing to an adapter *is* stock PEFT with that adapter. Both
+wrap the same base weights.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def merge_adapters(
     *,
     merging: Merging | None = None,
 ) -> Path:
-    """Merge LoRA adapters into one with PEFT's own `add_weighted_adapter`, written as an ordinary PEFT adapter directory.
+    """Merge LoRA adapters into one with PEFT's own `add_weighted_adapter`, written as an ordinary PEFT directory.
 
     Args:
         base_model: the plain base model; left as it is.
@@ -227,7 +228,8 @@ def merge_adapters(
         numbered, recipe["weights"], name, combination_type=merging.combination_type, **options
     )
     with tempfile.TemporaryDirectory() as scratch, atomic_directory(target) as directory:
-        merged.save_pretrained(scratch, selected_adapters=[name])
+        # embeddings are never adapted here; left to itself, PEFT asks the model hub whether they were
+        merged.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
         # PEFT puts every adapter but one named "default" into a folder of its own name
         shutil.copytree(Path(scratch) / name, directory, dirs_exist_ok=True)
         (directory / note.name).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")

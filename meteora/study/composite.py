@@ -1,8 +1,9 @@
-"""Composite-n: several tasks in one inference (paper, section 4.2), in three protocols.
+"""Composite-n: several tasks in one inference (Table 2), in three protocols.
 
-- `numbered`: the paper's. Two examples of a composite prompt, then n problems; the answers are the numbered lines of one answer.
-- `guided`: the same prompts. The scaffold is not the model's task: a logits processor writes `1.`, and at every end of a line or
-  of the text the next number, until n answers stand (`guided.py`).
+- `numbered`: the paper's. Two examples of a composite prompt, then n problems; the answers are the numbered lines of
+  one answer.
+- `guided`: the same prompts. The scaffold is not the model's task: a logits processor writes `1.`, and at every end of
+  a line or of the text the next number, until n answers stand (`guided.py`).
 - `sequential`: problem, answer, next problem, ... in one growing context and one KV cache (`sequential.py`).
 
 A sub-answer that is missing or empty is not attempted, and wrong.
@@ -51,14 +52,16 @@ def predict_composite(
 ) -> CompositePredictions:
     """Answers of every method to every composite item.
 
-    They are stored in `predictions_dir/composite-n/<protocol>/<method>.jsonl` (a method with gates: `<method>@<temperature>`)
-    after every batch, and taken from there as long as weights, method, prompts and settings are the same.
+    They are stored after every batch in `predictions_dir/composite-n/<protocol>/<method>.jsonl`, of methods with gates
+    in `<method>@<temperature>.jsonl`, and taken from there as long as weights, method, prompts and settings are the
+    same.
 
     Args:
         methods: those that are told the task run in `sequential` only.
         items: of one set, all with n sub-tasks.
         protocol: one of `PROTOCOLS`.
-        limits: task -> most new tokens of one answer. In `numbered` and `guided` each line may take the largest of them.
+        limits: task -> most new tokens of one answer. In `numbered` and `guided` each line may take the largest of
+            them.
         temperatures: of the gates' softmax over the chosen adapters (the paper: 15, 20, 30 for composite-3, 5, 10).
     """
     if protocol not in PROTOCOLS:
@@ -120,7 +123,7 @@ def _predict_run(
     stored = reuse_or_produce(path, header, [item.id for item in items], produce)
     bar.update(len(items) - done)
     if protocol == "sequential":
-        return [[text or None for text in prediction["answers"]] for prediction in stored]
+        return [[text or None for text in texts] for texts in stored]
     return [parse_answers(text, n) for text in stored]
 
 
@@ -133,7 +136,7 @@ def _batches(
     limits: Mapping[str, int],
     batch_size: int,
 ) -> Iterator[dict[int, Any]]:
-    """Predictions as they are stored: a text, or for `sequential` the answers as texts and as tokens."""
+    """Predictions as they are stored: the generated text, or for `sequential` one text per answer."""
     if protocol == "sequential":
         for batch in answer_in_sequence(
             method.model,
@@ -143,7 +146,10 @@ def _batches(
             batch_size=batch_size,
             active=method.active,
         ):
-            yield {i: {"answers": _texts(tokenizer, tokens), "tokens": tokens} for i, tokens in batch.items()}
+            yield {
+                i: [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+                for i, answers in batch.items()
+            }
         return
     guide = GuidedNumbering(tokenizer, n, max(limits.values()))
     guided = {"processor": guide, "decode": guide.text} if protocol == "guided" else {}
@@ -156,10 +162,6 @@ def _batches(
             max_new_tokens=guide.max_new_tokens,
             **guided,
         )
-
-
-def _texts(tokenizer, answers: Sequence[Sequence[int]]) -> list[str]:
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
 def score_composite(items: Sequence[CompositeItem], answers: Answers) -> dict[str, list[float]]:
@@ -181,8 +183,9 @@ def composite_rows(
 ) -> list[Row]:
     """Rows of `composite.csv`: `composite,protocol,shots,temperature,subtask,method,metric,value,low,high,n`.
 
-    Every sub-task has the metrics of its task; sub-task `ALL` has `attempted` and `correct`, means per item out of n. A method
-    without gates does not depend on the temperature: its rows are repeated, so that every temperature has all methods.
+    Every sub-task has the metrics of its task; sub-task `ALL` has `attempted` and `correct`, means per item out of n.
+    A method without gates does not depend on the temperature: its rows are repeated, so that every temperature has all
+    methods.
 
     Args:
         shots: examples in the prompt; `sequential` has none, and its rows say 0.
@@ -222,7 +225,7 @@ def paired_composite_rows(
     *,
     temperature: float,
 ) -> list[Row]:
-    """Differences of two methods on the same items: `method,other,metric,value,low,high`, `metric` attempted or correct."""
+    """Differences of two methods on the same items: `method,other,metric,value,low,high`, of attempted and correct."""
     rows: list[Row] = []
     for method, other in pairs:
         first, second = (score_composite(items, predictions[name][temperature]) for name in (method, other))

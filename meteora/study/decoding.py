@@ -1,10 +1,11 @@
 """Greedy decoding of a batch of transcripts that grow in one KV cache.
 
-`model.generate` answers one prompt; the study also needs problem, answer, next problem, next answer, ... in *one* cache,
-and a common few-shot prefix that is encoded once for all prompts. Both are the same operation: append some tokens to every
-row, read the next token, repeat. Rows have different lengths, so what is appended is left-padded *within the cache* and
-masked; positions count real tokens only. A row therefore sees exactly what it would see alone and without padding
-(`tests/test_decoding.py` compares with one-at-a-time runs, with uncached runs and with `model.generate`).
+`model.generate` answers one prompt; the study also needs problem, answer, next problem, next answer, ... in *one*
+cache, and a common few-shot prefix that is encoded once for all prompts. Both are the same operation: append some
+tokens to every row, read the next token, repeat. Rows have different lengths, so what is appended is left-padded
+*within the cache* and masked; positions count real tokens only. A row therefore sees exactly what it would see alone
+and without padding (`tests/test_decoding.py` compares with one-at-a-time runs, with uncached runs and with
+`model.generate`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Independent evaluation: every method answers the test samples of every task, one prompt at a time (paper, section 4.1)."""
+"""Independent evaluation: every method answers the test samples of every task, one prompt at a time (Table 1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Accuracies = dict[str, dict[str, list[float]]]  # method -> task -> 1.0 or 0.0 p
 
 
 def answer_budget(tokenizer, responses: Iterable[str], *, cap: int) -> int:
-    """How many new tokens an answer of a task may take: twice its longest *training* response, at least 8, at most `cap`.
+    """How many new tokens an answer of a task may take: twice its longest *training* response, 8 at least, `cap` at
+    most.
 
     Answers of most tasks are a few tokens long; a method that has not learned to stop would otherwise spend most of the
     run's time on text that no metric looks at. Test responses are not consulted.
@@ -77,8 +78,8 @@ def generate_answers(
     A row ends with the tokenizer's end-of-text token or after `max_new_tokens`, and then leaves its batch.
 
     Args:
-        model: a Hugging Face causal LM or a `MeteoraModel`, in eval mode. To route by task, enter `model.route_to(task)`
-            with one task for all prompts.
+        model: a Hugging Face causal LM or a `MeteoraModel`, in eval mode. To route by task, enter
+            `model.route_to(task)` with one task for all prompts.
         tokenizer: with `eos_token_id` and `pad_token_id`; they may be the same.
         processor: changes the scores before the arg max.
     """
@@ -108,8 +109,8 @@ def predict_independent(
 ) -> dict[str, dict[str, list[str]]]:
     """Answers of every method to every task's examples, as method -> task -> one string per example.
 
-    They are stored in `predictions_dir/independent/<method>/<task>.jsonl` after every batch, and taken from there as long as
-    weights, method, prompts and settings are the same.
+    They are stored in `predictions_dir/independent/<method>/<task>.jsonl` after every batch, and taken from there as
+    long as weights, method, prompts and settings are the same.
     """
     total = len(methods) * sum(map(len, examples.values()))
     answers: dict[str, dict[str, list[str]]] = {}

@@ -9,22 +9,25 @@ from transformers import LogitsProcessor
 class GuidedNumbering(LogitsProcessor):
     """Writes `1.`, and at every end of a line or of the text the next number, until `n` answers stand.
 
-    A number is followed by a space in the transcript because the model writes it: in the tokenizers of Llama and SmolLM2
-    a space belongs to the word that follows, so a forced space would leave the model with a word it never saw there.
-    An answer of `max_answer_tokens` tokens is ended by a forced line break, so that one that rambles takes nothing from
-    the others. Works in `TranscriptBatch.decode` and, for greedy search, in `model.generate(logits_processor=[...])`.
+    A number is followed by a space in the transcript because the model writes it: in the tokenizers of Llama and
+    SmolLM2 a space belongs to the word that follows, so a forced space would leave the model with a word it never saw
+    there. An answer of `max_answer_tokens` tokens is ended by a forced line break, so that one that rambles takes
+    nothing from the others. Works in `TranscriptBatch.decode` and, for greedy search, in
+    `model.generate(logits_processor=[...])`.
 
     Args:
         tokenizer: of the model.
         n: how many numbered answers.
         max_answer_tokens: most tokens of one answer, its line break not counted.
-        prompt_length: width of the prompt if the processor is given prompt and generated tokens together, as by `generate`.
+        prompt_length: width of the prompt if the processor is given prompt and generated tokens together, as by
+            `generate`.
     """
 
     def __init__(self, tokenizer, n: int, max_answer_tokens: int, *, prompt_length: int = 0) -> None:
         if n < 1 or max_answer_tokens < 1:
             raise ValueError(f"n and max_answer_tokens must be at least 1, not {n} and {max_answer_tokens}.")
-        self.tokenizer, self.n, self.max_answer_tokens, self.prompt_length = tokenizer, n, max_answer_tokens, prompt_length
+        self.tokenizer, self.n, self.max_answer_tokens = tokenizer, n, max_answer_tokens
+        self.prompt_length = prompt_length
         self.eos = tokenizer.eos_token_id
         line_break = tokenizer.encode("\n", add_special_tokens=False)
         self.line_break = line_break[-1]

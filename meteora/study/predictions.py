@@ -1,8 +1,8 @@
 """Predictions on disk: reused as long as everything that decides them is the same, and resumed after an interruption.
 
-A file is JSON lines. The first line names what the predictions belong to and carries their fingerprint; every other line is
-`{"id": ..., "prediction": ...}`. It is rewritten as a whole, and atomically, after every batch, so a
-reader finds either the state before a batch or the one after it.
+A file is JSON lines. The first line names what the predictions belong to and carries their fingerprint; every other
+line is `{"id": ..., "prediction": ...}`. It is rewritten as a whole, and atomically, after every batch, so a reader
+finds either the state before a batch or the one after it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def fingerprint(value: Any) -> str:
 def model_fingerprints(model: torch.nn.Module) -> dict[str, str]:
     """Digests of a model's weights, one each for the base model, the adapters and the gates.
 
-    They are separate so that new gates do not invalidate what does not depend on gates, such as the base model's answers.
-    Tensors of more than `WHOLE` elements (4 Mi) count with a sample: a fine-tuned matrix differs everywhere.
+    They are separate so that new gates do not invalidate what does not depend on gates, such as the base model's
+    answers. Tensors of more than `WHOLE` elements (4 Mi) count with a sample: a fine-tuned matrix differs everywhere.
     """
     owner: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -79,7 +79,8 @@ def reuse_or_produce(
         path: a `.jsonl` file, absent at first.
         header: everything that decides the predictions, JSON-serialisable; another one discards what `path` holds.
         ids: distinct names of the examples.
-        produce: given the positions in `ids` that are missing, yields one batch after another as position -> prediction.
+        produce: given the positions in `ids` that are missing, yields one batch after another as position ->
+            prediction.
 
     Returns:
         One JSON-serialisable prediction per id.

@@ -30,8 +30,8 @@ def routing_rows(
 ) -> list[Row]:
     """Rows of `routing.csv`: `layer,module,task,adapter,share`.
 
-    `share` is an adapter's routing weight, averaged over all tokens of the task's prompts (pads left out); over the adapters it
-    sums to 1. The model routes as it is set, with its top-k and temperature.
+    `share` is an adapter's routing weight, averaged over all tokens of the task's prompts (pads left out); over the
+    adapters it sums to 1. The model routes as it is set, with its top-k and temperature.
     """
     names = model.adapter_names
     rows: list[Row] = []
@@ -69,7 +69,8 @@ def _batch_mass(model: MeteoraModel, batch: list[list[int]], pad: int) -> dict[s
     for name, chosen in indices.items():
         real = mask.unsqueeze(-1).expand_as(chosen).reshape(-1)
         flat = (weights[name].reshape(-1) * real).float()
-        masses[name] = torch.zeros(len(model.adapter_names), device=device).scatter_add_(0, chosen.reshape(-1), flat).cpu()
+        empty = torch.zeros(len(model.adapter_names), device=device)
+        masses[name] = empty.scatter_add_(0, chosen.reshape(-1), flat).cpu()
     return masses
 
 
@@ -90,7 +91,8 @@ class TokenRouting(NamedTuple):
 def token_routing(model: MeteoraModel, tokens: Sequence[int]) -> TokenRouting:
     """The adapters of every token of one text, averaged over layers and modules, as the model is set.
 
-    One forward pass over the whole text routes exactly as generating it did: attention is causal and gates see one token.
+    One forward pass over the whole text routes exactly as generating it did: attention is causal and gates see one
+    token.
     """
     ids = torch.tensor([list(tokens)], device=model_device(model))
     with torch.no_grad(), model.trace() as trace:

@@ -2,11 +2,12 @@
 
 A transcript of three problems, with `<eos>` for the tokenizer's end-of-text token:
 
-    [INST] problem 1 [/INST]\\n answer 1 <eos>\\n[INST] problem 2 [/INST]\\n answer 2 <eos>\\n[INST] problem 3 [/INST]\\n answer 3
+    [INST] problem 1 [/INST]\\n answer 1 <eos>\\n[INST] problem 2 [/INST]\\n answer 2 <eos>\\n ...
 
-Between an answer and the next problem stand `<eos>`, with which every training sample ends, and a line break, which follows it
-in the chat format the base model was tuned on. They are written by us, so that an answer that was cut off at its limit is
-closed like the others. Nobody names a task or touches an adapter, except for methods that are told the task (the oracle).
+Between an answer and the next problem stand `<eos>`, with which every training sample ends, and a line break, which
+follows it in the chat format the base model was tuned on. They are written by us, so that an answer that was cut off
+at its limit is closed like the others. Nobody names a task or touches an adapter, except for methods that are told the
+task (the oracle).
 """
 
 from __future__ import annotations
