@@ -73,8 +73,9 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def adapter_colors(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each adapter: the palette's ten, then its darker and its paler ones."""
-    shades = [PALETTE, [mix(c, "#000000", 0.4) for c in PALETTE], [mix(c, "#ffffff", 0.5) for c in PALETTE]]
+    """A colour for each adapter: the palette's ten, then its darker and its paler ones; up to five without red."""
+    first = [BLUE, ORANGE, GREEN, PINK, GREY, VERMILION, YELLOW, BROWN, SKY, ROSE]
+    shades = [first, [mix(c, "#000000", 0.4) for c in first], [mix(c, "#ffffff", 0.5) for c in first]]
     colors = [color for shade in shades for color in shade]
     return {name: colors[n % len(colors)] for n, name in enumerate(names)}
 

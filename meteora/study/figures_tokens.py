@@ -12,7 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from meteora.study.figures_style import adapter_colors, mix, readable_on, styled
 
-_CHARACTER = 0.602  # width of DejaVu Sans Mono over its size
+_CHARACTER = 0.60205  # width of DejaVu Sans Mono over its size
+_SIZE = 9 / _CHARACTER * 72 / 150  # points: at 150 dpi a character is 9 whole pixels wide, or letters would drift
 _LEAST = 0.15  # share of an adapter's colour where its weight is no more than everybody's
 
 
@@ -82,8 +83,7 @@ def figure4_tokens(
     _check(tokens, dominant, weight, adapters, written)
     colors = list(adapter_colors(adapters).values())
     places, lines = _places(tokens, columns)
-    size = 7.0  # points
-    width, height = columns * _CHARACTER * size / 72, lines * 1.55 * size / 72
+    width, height = columns * _CHARACTER * _SIZE / 72, lines * 1.55 * _SIZE / 72  # inches
     used = sorted(set(dominant))
     rows = -(-len(used) // 3)
     top, margin = 0.25 + 0.2 * rows, 0.15  # inches, for the legend and around the text
@@ -94,7 +94,7 @@ def figure4_tokens(
     axes.axis("off")
     for n, piece, line, start in places:
         back = token_shade(colors[dominant[n]], weight[n], len(adapters))
-        _draw_piece(axes, piece, line, start, back, size, written is not None and bool(written[n]))
+        _draw_piece(axes, piece, line, start, back, written is not None and bool(written[n]))
     note = "dominant adapter; darker: higher weight"
     if written is not None:
         note += "; underlined: written by the model"
@@ -106,11 +106,11 @@ def figure4_tokens(
     return figure
 
 
-def _draw_piece(axes: Axes, piece: str, line: int, start: int, back: str, size: float, underline: bool) -> None:
+def _draw_piece(axes: Axes, piece: str, line: int, start: int, back: str, underline: bool) -> None:
     axes.add_patch(Rectangle((start, line + 0.04), len(piece), 0.92, facecolor=back, edgecolor="white", linewidth=0.4))
     # parse_math off: a dollar sign in a task's text is a dollar sign.
     axes.text(
-        start, line + 0.5, piece, family="DejaVu Sans Mono", fontsize=size, color=readable_on(back), va="center",
+        start, line + 0.5, piece, family="DejaVu Sans Mono", fontsize=_SIZE, color=readable_on(back), va="center",
         parse_math=False,
     )  # fmt: skip
     if underline:
