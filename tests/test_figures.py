@@ -213,6 +213,13 @@ def test_benchmark_lines(variable, places):
     assert figure.axes[0].get_ylabel() == "time (ms)" and figure.axes[2].get_ylabel() == "extra memory (MiB)"
 
 
+def test_benchmark_curves_differ_in_the_backend_only():
+    both = pd.concat([benchmark(), benchmark().assign(routing="runs", value=1e6)])
+    figure = figures.benchmark_over(both)
+    assert "uniform routing" in figure.get_suptitle()
+    assert figure.axes[0].get_lines()[0].get_ydata()[0] == pytest.approx(8 * 28 / 1000)
+
+
 def test_benchmark_leaves_out_memory_that_was_not_measured():
     rows = benchmark()
     assert len(figures.benchmark_over(rows[rows["metric"] == "time_us"]).axes) == 2

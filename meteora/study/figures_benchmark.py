@@ -105,8 +105,12 @@ def _lines(axes: Axes, part: pd.DataFrame, variable: str, metric: str) -> None:
 
 
 def _one_setting(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows of the setting that has the most, and that setting in words: curves must differ in one thing only."""
-    best = frame.groupby(_SETTING).size().idxmax()
+    """The rows of the setting that has the most, and that setting in words: curves must differ in one thing only.
+
+    Of several with as many, the alphabetically last one: routing uniform rather than runs.
+    """
+    counts = frame.groupby(_SETTING).size()
+    best = counts[counts == counts.max()].index[-1]
     chosen = frame[(frame[_SETTING] == pd.Series(best, index=_SETTING)).all(axis=1)]
     values = dict(zip(_SETTING, best))
     return chosen, "rank {rank}, top-{top_k}, {dtype}, {launch}, {routing} routing".format(**values)

@@ -32,7 +32,7 @@ def gate_curves(gate_training: pd.DataFrame, *, adapters: int | None = None) -> 
     for column, (text, color, line) in _LOSSES.items():
         _curve(left, gate_training["step"], gate_training[column], color, line, text)
     left.set(xlabel="step (optimiser updates)", ylabel="loss (nats per token)", title="Loss")
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.06 * left.dataLim.y1)
     _curve(right, gate_training["step"], gate_training["gate_accuracy"], BLUE, "-", "gates' first choice")
     if adapters:
         right.axhline(1 / adapters, color=GREY, linestyle=":", label=f"guessing among {adapters}")
@@ -65,7 +65,7 @@ def adapter_curves(history: pd.DataFrame) -> Figure:
             best = valid.loc[valid["loss"].idxmin()]
             axes.plot(best["step"], best["loss"], color=PINK, marker="*", markersize=10, linestyle="", label="kept")
         axes.set_title(task, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1)
     for axes in list(grid.flat)[len(tasks):]:
         axes.set_visible(False)
     for n, axes in enumerate(list(grid.flat)[: len(tasks)]):
