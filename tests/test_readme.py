@@ -13,6 +13,7 @@ import meteora
 from data_prep.base_models import load_base_model
 from meteora.study.profiles import REPOSITORY
 from meteora.study.readme import NO_RESULTS, README, fill, results_block
+from meteora.study.tables import interval_text
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -55,8 +56,9 @@ def test_results_block(tmp_path) -> None:
     assert "1 of the paper's 28 tasks" in block
     assert re.search(r"\| MeteoRA top-2 \| 0\.750 \[", block)
     assert "| method | numbered, of 3 | sequential, of 3, T = 1 | sequential, of 3, T = 15 |" in block
-    assert "| LoRA-B | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] | 1.50 [1.00, 2.00] |" in block
-    assert "2.00 [1.50" not in block  # attempted is another measure
+    correct = interval_text(1.5, 1.0, 2.0)
+    assert f"| LoRA-B | {correct} | {correct} | {correct} |" in block
+    assert interval_text(2.0, 1.5, 2.5) not in block  # attempted is another measure
 
 
 def test_every_file_in_the_tree_exists() -> None:
