@@ -22,6 +22,7 @@ from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_directory, file_
 from meteora.batches import by_task, encode, micro_batches
 from meteora.files import atomic_directory
 from meteora.study.artifacts import ArtifactError, Workspace, versions, write_json
+from meteora.study.baselines import TRAINED_SINGLE
 from meteora.study.measures import Example, Row
 from meteora.study.predictions import fingerprint
 from meteora.study.records import sources_of
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 INDEX = "adapters.json"
 HISTORY = "adapter_training.csv"
-SINGLE = ("lora_b", "lora_f")  # one adapter for all tasks: trained on balanced data, or on all data there is
 
 Examples = Mapping[str, Sequence[Example]]
 
@@ -77,7 +77,7 @@ def collect_adapters(
         if (folder / HISTORY).is_file():
             history += pandas.read_csv(folder / HISTORY).to_dict("records")
     single = {}
-    for name in SINGLE:
+    for name in TRAINED_SINGLE:
         settings = getattr(profile, name)
         if settings is None:
             continue

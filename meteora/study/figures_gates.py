@@ -27,7 +27,9 @@ def gate_accuracy_heatmap(gate_accuracy: pd.DataFrame) -> Figure:
     for axes, part in zip(panels, parts):
         sums = frame[frame["part"] == part].groupby(["module", "layer"])[["right", "tokens"]].sum()
         matrix = (sums["right"] / sums["tokens"]).unstack("layer").loc[modules]
-        sns.heatmap(matrix, ax=axes, vmin=0, vmax=1, cmap="cividis", cbar=False, rasterized=True)
+        sns.heatmap(
+            matrix, ax=axes, vmin=0, vmax=1, cmap="cividis", cbar=False, rasterized=True, xticklabels=-(-layers // 8)
+        )
         axes.set(title=f"{part} tokens", xlabel="layer", ylabel="")
         axes.grid(visible=False)
         axes.tick_params(axis="both", rotation=0)
@@ -49,7 +51,7 @@ def accuracy_by_position(positions: pd.DataFrame, *, adapters: int) -> Figure:
     upper.plot(positions["position"], positions["accuracy"], color=BLUE, label="majority of the gates")
     upper.axhline(1 / adapters, color=GREY, linestyle=":", label=f"guessing among {adapters}")
     upper.set(ylabel="accuracy", ylim=(0, 1.02))
-    upper.legend(loc="lower right")
+    upper.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     lower.fill_between(positions["position"], positions["tokens"], color=GREY, alpha=0.5, linewidth=0)
     lower.set(xlabel="place in the text (tokens)", ylabel="texts", ylim=(0, None))
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -52,16 +53,17 @@ def gate_accuracy(
     tokenizer,
     examples: Mapping[str, Sequence[Example]],
     *,
+    forced: bool = False,
     max_length: int = 1024,
     tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> GateAccuracy:
     """Compare every gate's largest logit with the sample's task, at every token that is no padding.
 
-    The model runs as it is set, on its own choices: no task is named to it, and an early mistake has its consequences.
-
     Args:
         examples: task -> rows {prompt, response, task}; every task is an adapter of the model.
+        forced: the sample's own adapter is used everywhere, whatever the gates say, as in training with objective
+            ``gate``. Otherwise the model runs as it is set, on its own choices, and an early mistake has its consequences.
     """
     device = next(model.parameters()).device
     counts = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))  # key -> right, all
@@ -70,7 +72,7 @@ def gate_accuracy(
         for task, samples in groups.items():
             name = model.adapter_names[task]
             for batch in micro_batches(samples, tokens_per_batch, tokenizer.pad_token_id, device):
-                with model.trace() as trace:
+                with model.route_to(name) if forced else nullcontext(), model.trace() as trace:
                     model(
                         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1
                     )
