@@ -11,35 +11,46 @@ from torch import Tensor
 IGNORE = -100
 
 
+MIXED = -1  # the task of a sample whose turns belong to several
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One encoded example: ``ids`` is prompt, response and end-of-text; the first ``prompt_length`` are the prompt."""
+    """One encoded example, or several in one context: per token its id, whether it is a response's, and its task."""
 
     ids: list[int]
-    prompt_length: int
-    task: int
+    is_response: list[bool]
+    tasks: list[int]
+
+    @property
+    def task(self) -> int:
+        return self.tasks[0] if len(set(self.tasks)) == 1 else MIXED
 
     @property
     def response_tokens(self) -> int:
-        return len(self.ids) - self.prompt_length
+        return sum(self.is_response)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Right-padded tensors (B, S) of some samples, and the task of each row.
 
-    ``labels`` is -100 at the prompt and the padding. Padding is told from text by length, never by the pad id: in many
-    tokenizers pad and end-of-text are one id, and the end must be learned.
+    ``labels`` is -100 at prompts and padding, ``token_tasks`` the task of every token (0 at padding). Padding is told
+    from text by length, never by the pad id: in many tokenizers pad and end-of-text are one id, and the end must be
+    learned.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    token_tasks: Tensor
     tasks: list[int]
 
 
 def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_length: int) -> list[Sample]:
-    """Encode rows {prompt, response, task}; a long prompt loses its beginning, so that the response stays.
+    """Encode rows {prompt, response, task}, or {turns: [such rows]} for several tasks in one context.
+
+    A row that is too long loses the beginning of its prompt (of its first turns), so that the response stays.
 
     Raises:
         ValueError: for a row without one of the three keys, or whose task is not in ``task_ids``.
@@ -48,29 +59,46 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
         raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
     samples = []
     for n, row in enumerate(rows):
-        missing = {"prompt", "response", "task"} - set(row)
-        if missing:
-            raise ValueError(
-                f"row {n} of the dataset has no {sorted(missing)[0]!r}; each needs prompt, response, task."
-            )
-        if row["task"] not in task_ids:
-            known = ", ".join(map(repr, task_ids))
-            raise ValueError(
-                f"row {n} of the dataset is of task {row['task']!r}, for which there is no adapter ({known})."
-            )
-        response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        response = response[: max_length - 1]
-        prompt = tokenizer(row["prompt"])["input_ids"][-(max_length - len(response)) :]
-        if not prompt:
-            raise ValueError(f"row {n} of the dataset has an empty prompt; a response needs a token before it.")
-        samples.append(Sample(prompt + response, len(prompt), task_ids[row["task"]]))
+        turns = row.get("turns", [row])
+        if not turns:
+            raise ValueError(f"row {n} of the dataset has no turns; give at least one.")
+        ids, is_response, tasks = [], [], []
+        for position, turn in enumerate(turns):
+            task = _task_of(turn, n, task_ids)
+            response = tokenizer(turn["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            response = response[: max_length - 1]
+            prompt = prompt_ids(tokenizer, turn["prompt"], first=position == 0)
+            prompt = prompt[-(max_length - len(response)) :]
+            if not prompt:
+                raise ValueError(f"row {n} of the dataset has an empty prompt; a response needs a token before it.")
+            ids += prompt + response
+            is_response += [False] * len(prompt) + [True] * len(response)
+            tasks += [task] * (len(prompt) + len(response))
+        samples.append(Sample(ids[-max_length:], is_response[-max_length:], tasks[-max_length:]))
     if not samples:
         raise ValueError("the dataset is empty; give at least one row.")
     return samples
 
 
+def prompt_ids(tokenizer, prompt: str, *, first: bool) -> list[int]:
+    """Token ids of a prompt: at the beginning of a context, or on a new line behind an ended response."""
+    return tokenizer(prompt)["input_ids"] if first else tokenizer("\n" + prompt, add_special_tokens=False)["input_ids"]
+
+
+def _task_of(turn: Mapping, row: int, task_ids: Mapping[str, int]) -> int:
+    missing = {"prompt", "response", "task"} - set(turn)
+    if missing:
+        raise ValueError(f"row {row} of the dataset has no {sorted(missing)[0]!r}; each needs prompt, response, task.")
+    if turn["task"] not in task_ids:
+        known = ", ".join(map(repr, task_ids))
+        raise ValueError(
+            f"row {row} of the dataset is of task {turn['task']!r}, for which there is no adapter ({known})."
+        )
+    return task_ids[turn["task"]]
+
+
 def by_task(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
-    """Task -> its samples, in order."""
+    """Task -> its samples, in order; those of several tasks under ``MIXED``."""
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.task, []).append(sample)
@@ -111,9 +139,12 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Bat
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE)
+    token_tasks = torch.zeros(shape, dtype=torch.int64)
     for row, sample in enumerate(samples):
         end = len(sample.ids)
         input_ids[row, :end] = torch.tensor(sample.ids)
         attention_mask[row, :end] = 1
-        labels[row, sample.prompt_length : end] = input_ids[row, sample.prompt_length : end]
-    return Batch(input_ids.to(device), attention_mask.to(device), labels.to(device), [s.task for s in samples])
+        labels[row, :end] = input_ids[row, :end].where(torch.tensor(sample.is_response), IGNORE)
+        token_tasks[row, :end] = torch.tensor(sample.tasks)
+    tensors = (tensor.to(device) for tensor in (input_ids, attention_mask, labels, token_tasks))
+    return Batch(*tensors, [sample.task for sample in samples])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meteora.batches import balanced_steps, by_task, collate, encode, micro_batches
+from meteora.batches import MIXED, balanced_steps, by_task, collate, encode, micro_batches
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ def test_a_sample_is_prompt_response_and_end(core):
     (sample,) = encoded(core, [{"task": "two", "prompt": "ab", "response": "c"}])
     prompt = core.Tokenizer()("ab")["input_ids"]
     assert sample.ids == prompt + core.Tokenizer()("c", add_special_tokens=False)["input_ids"] + [2]
-    assert (sample.prompt_length, sample.response_tokens, sample.task) == (3, 2, 1)
+    assert (sample.is_response, sample.tasks, sample.task) == ([False] * 3 + [True] * 2, [1] * 5, 1)
 
 
 def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(core):
@@ -25,7 +25,7 @@ def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(co
     (cut,) = encoded(core, [row], max_length=6)
     assert cut.ids == whole.ids[-6:] and cut.response_tokens == 4
     (tight,) = encoded(core, [row], max_length=3)
-    assert tight.ids == [whole.ids[6], *whole.ids[7:9]] and tight.prompt_length == 1
+    assert tight.ids == [whole.ids[6], *whole.ids[7:9]] and tight.is_response.index(True) == 1
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,29 @@ def test_micro_batches_hold_every_sample_once_and_fit(core, max_tokens):
     ]
     assert sorted(lines) == sorted(sample.ids for sample in samples)
     assert len(batches) == (18 if max_tokens == 1 else 1 if max_tokens == 10_000 else len(batches))
+
+
+def test_turns_share_one_context_and_keep_their_tasks(core):
+    turns = [{"task": "two", "prompt": "ab", "response": "c"}, {"task": "one", "prompt": "d", "response": "ef"}]
+    (sample,) = encoded(core, [{"turns": turns}])
+    (first,) = encoded(core, turns[:1])
+    text = core.Tokenizer()("\nd", add_special_tokens=False)["input_ids"]
+    rest = core.Tokenizer()("ef", add_special_tokens=False)["input_ids"]
+    assert sample.ids == [*first.ids, *text, *rest, core.Tokenizer.eos_token_id]
+    assert sample.is_response == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 3
+    assert sample.tasks == [1] * 5 + [0] * 5 and sample.task == MIXED
+    assert by_task([sample, first]) == {MIXED: [sample], 1: [first]}
+    batch = collate([sample, first], 0, torch.device("cpu"))
+    assert batch.token_tasks.tolist() == [sample.tasks, [1] * 5 + [0] * 5] and batch.tasks == [MIXED, 1]
+    assert torch.equal(batch.labels[0] != -100, torch.tensor(sample.is_response))
+
+
+def test_long_turns_lose_the_beginning(core):
+    turns = [{"task": "two", "prompt": "ab", "response": "c"}, {"task": "one", "prompt": "d", "response": "ef"}]
+    (whole,), (cut,) = encoded(core, [{"turns": turns}]), encoded(core, [{"turns": turns}], 7)
+    assert cut.ids == whole.ids[-7:] and cut.tasks == whole.tasks[-7:] and cut.is_response == whole.is_response[-7:]
+
+
+def test_a_row_without_turns_is_refused(core):
+    with pytest.raises(ValueError, match="row 0 of the dataset has no turns"):
+        encoded(core, [{"turns": []}])

@@ -38,7 +38,8 @@ def test_counts_agree_with_one_text_at_a_time(model, core, examples):
     core.randomize_gates(model)
     tokenizer = core.Tokenizer()
     row = examples["two"][3]
-    ids = tokenizer(row["prompt"])["input_ids"] + tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [2]
+    response = tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = tokenizer(row["prompt"])["input_ids"] + response
     with torch.no_grad(), model.trace() as trace:
         model(input_ids=torch.tensor([ids]))
     right = torch.stack([logits[0].argmax(-1) == 1 for logits in trace.logits.values()])  # (modules, tokens)
@@ -67,9 +68,9 @@ def test_forcing_gives_the_gates_other_inputs(model, core, examples):
 
 def test_tokens_of_a_training(model, core, examples):
     rows = [row for task in TASKS for row in examples[task]]
-    config = GateTrainingConfig(objective="gate", max_steps=3, samples_per_step=6)  # six a task: every sample, every step
+    config = GateTrainingConfig(objective="gate", max_steps=3, samples_per_step=6)  # all six of a task, in every step
     history = train_gates(model, rows, config, tokenizer=core.Tokenizer())
-    tokens = training_tokens(model, core.Tokenizer(), examples, config, len(history))
+    tokens = training_tokens(model, core.Tokenizer(), rows, config, len(history))
     assert tokens == 3 * sum(len(row["prompt"]) + len(row["response"]) + 2 for row in rows)
 
 

@@ -55,7 +55,7 @@ def written_out(model, batch, beta):
     for hook in hooks:
         hook.remove()
     real = batch.attention_mask.bool()
-    labels = torch.tensor(batch.tasks).unsqueeze(1).expand(real.shape)[real]
+    labels = batch.token_tasks[real]
     losses = [torch.nn.functional.cross_entropy(model.layers[n].gate(x)[real], labels) for n, x in inputs.items()]
     right = [(model.layers[n].gate(x)[real].argmax(-1) == labels).float().mean() for n, x in inputs.items()]
     gate_loss = torch.stack(losses).mean()
@@ -87,10 +87,9 @@ def test_the_local_gradient_is_autograds(core, make):
     inputs = {}
     for name, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
-    with model.route_to([model.adapter_names[task] for task in batch.tasks]):
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     real = batch.attention_mask.bool()
-    labels = torch.tensor(batch.tasks).unsqueeze(1).expand(real.shape)[real]
+    labels = batch.token_tasks[real]
     total = torch.zeros(())
     for name, layer in model.layers.items():
         layer.gate.weight.grad = None

@@ -25,10 +25,11 @@ def encode_by_task(
 
 
 def training_tokens(
-    model: MeteoraModel, tokenizer, examples: Mapping[str, Sequence[Example]], config: GateTrainingConfig, steps: int
+    model: MeteoraModel, tokenizer, dataset: Sequence[Mapping], config: GateTrainingConfig, steps: int
 ) -> int:
     """How many tokens ``train_gates`` shows the gates in ``steps`` steps, prompts included and pads left out."""
-    groups = encode_by_task(model, tokenizer, examples, config.max_length)
+    ids = {name: n for n, name in enumerate(model.adapter_names)}
+    groups = by_task(encode(dataset, ids, tokenizer, config.max_length))
     drawn = balanced_steps(groups, config.samples_per_step, steps, config.seed)
     return sum(len(sample.ids) for samples in drawn for sample in samples)
 
@@ -62,8 +63,8 @@ def gate_accuracy(
 
     Args:
         examples: task -> rows {prompt, response, task}; every task is an adapter of the model.
-        forced: the sample's own adapter is used everywhere, whatever the gates say, as in training with objective
-            ``gate``. Otherwise the model runs as it is set, on its own choices, and an early mistake has its consequences.
+        forced: the sample's own adapter is used everywhere, whatever the gates say. Otherwise the model runs as it is
+            set, on its own choices, and a mistake has its consequences for later layers.
     """
     device = next(model.parameters()).device
     counts = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))  # key -> right, all
@@ -73,9 +74,8 @@ def gate_accuracy(
             name = model.adapter_names[task]
             for batch in micro_batches(samples, tokens_per_batch, tokenizer.pad_token_id, device):
                 with model.route_to(name) if forced else nullcontext(), model.trace() as trace:
-                    model(
-                        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1
-                    )
+                    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                    model(**inputs, use_cache=False, logits_to_keep=1)
                 real, response = batch.attention_mask.bool(), batch.labels >= 0
                 parts = {"prompt": real & ~response, "response": response}
                 ballots = torch.zeros(*real.shape, len(model.adapter_names), device=device)

@@ -77,14 +77,20 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """At most so many examples of each task in each split; ``None``: all there are."""
+    """At most so many examples of each task in each split; ``None``: all there are.
+
+    Attributes:
+        transcripts: how many contexts that hold training examples of several tasks the gates are shown besides.
+    """
 
     train: int | None = None
     valid: int | None = None
     test: int | None = None
+    transcripts: int = 0
 
     def __post_init__(self) -> None:
         _at_least(1, train=self.train, valid=self.valid, test=self.test)
+        _at_least(0, transcripts=self.transcripts)
 
 
 @dataclass(frozen=True)

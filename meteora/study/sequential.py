@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from meteora.batches import prompt_ids
 from meteora.study.decoding import TranscriptBatch
 
 
 def problem_tokens(tokenizer, prompt: str, *, first: bool) -> list[int]:
     """What is appended for one problem: what closes the previous answer, unless it is the first, and the prompt."""
-    if first:
-        return tokenizer(prompt)["input_ids"]
-    return [tokenizer.eos_token_id, *tokenizer.encode("\n" + prompt, add_special_tokens=False)]
+    closing = [] if first else [tokenizer.eos_token_id]
+    return closing + prompt_ids(tokenizer, prompt, first=first)
 
 
 def transcript_tokens(
