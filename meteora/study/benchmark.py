@@ -60,7 +60,7 @@ def cells(settings: BenchmarkSettings) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a layer holds, and its input: W (out, in), gate (N, in) float32, A (R, in), B (out, R), x (T, in), y (T, out)."""
+    """A layer and its input: W (out, in), gate (N, in) float32, A (R, in), B (out, R), x (T, in), y (T, out)."""
 
     W: Tensor
     gate: Tensor
@@ -153,7 +153,7 @@ def benchmark_layer(
     """The rows of ``benchmark.csv`` (``COLUMNS``) with workload ``layer`` and mode ``forward``.
 
     Metrics are ``time_us`` and, for eager calls, ``peak_bytes``. What cannot be measured is a row without a value whose
-    unit says why: ``out of memory`` or, for a CUDA graph, ``not capturable``. Every result is compared with float64 first.
+    unit says why: ``out of memory`` or, for a CUDA graph, ``not capturable``. Every result is first compared with float64.
 
     Raises:
         AssertionError: if a strategy computes something else.
@@ -189,7 +189,8 @@ def _measure(cell: Cell, name: str, call: Call, repeats: int, device: torch.devi
         if waits_for_gpu(call):
             rows.append(_row(cell, name, "graph", "time_us", "not capturable", device))
         else:
-            rows.append(_row(cell, name, "graph", "time_us", "us", device, *measure_time(captured(call), device, repeats)))
+            times = measure_time(captured(call), device, repeats)
+            rows.append(_row(cell, name, "graph", "time_us", "us", device, *times))
     return rows
 
 
@@ -215,8 +216,8 @@ def _row(
     p80: float = math.nan,
 ) -> dict[str, Any]:
     setting = {
-        "workload": "layer", "backend": backend, "mode": "forward", "launch": launch, "routing": cell.routing, "batch": 1,
-        "tokens": cell.tokens, "adapters": cell.adapters, "rank": cell.rank, "top_k": cell.top_k,
+        "workload": "layer", "backend": backend, "mode": "forward", "launch": launch, "routing": cell.routing,
+        "batch": 1, "tokens": cell.tokens, "adapters": cell.adapters, "rank": cell.rank, "top_k": cell.top_k,
         "in_features": cell.in_features, "out_features": cell.out_features, "dtype": cell.dtype,
     }  # fmt: skip
     measured = {"metric": metric, "value": value, "p20": p20, "p80": p80, "unit": unit}

@@ -1,7 +1,7 @@
 """The adapters a run works with: copied from where they lie or trained, checked, and written down in one index.
 
-The index, ``adapters.json`` in the workspace's adapters folder, says of every adapter where it lies and its sha256: those of
-the tasks under ``tasks``, in the order the gates will have, and those that are used for every task under ``single``.
+The index, ``adapters.json`` in the workspace's adapters folder, says of every adapter where it lies and its sha256: those
+of the tasks under ``tasks``, in the order the gates will have, and those used for every task under ``single``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Collection:
     Attributes:
         tasks: task -> PEFT directory.
         single: name -> PEFT directory of an adapter that is used for every task, such as ``lora_b``.
-        history: rows ``step,task,split,loss`` of their training: of this run's, or what lies beside them as
-            ``adapter_training.csv``.
+        history: rows ``step,task,split,loss`` of their training: of this run's, or what whoever trained them recorded
+            as ``metrics/adapter_training.csv`` beside their folder.
     """
 
     tasks: dict[str, Path]
@@ -58,7 +58,7 @@ def collect_adapters(
     """Bring the adapters of the tasks in ``train``, and LoRA-B, into the workspace: copied, or trained.
 
     The profile says where from. Training is skipped if an earlier call left what the same data, settings and code give.
-    LoRA-B is trained on the union of the tasks' samples, and sees in every step as many as all tasks' adapters together.
+    LoRA-B is trained on the union of the tasks' samples, and sees in every step as many as all their adapters together.
 
     Args:
         base_model: to train them on; given back unchanged.
@@ -74,8 +74,9 @@ def collect_adapters(
     else:
         folder = profile.adapters.path
         found = {task: collect(task, adapter_directory(folder, task), workspace.adapters) for task in train}
-        if (folder / HISTORY).is_file():
-            history += pandas.read_csv(folder / HISTORY).to_dict("records")
+        recorded = folder.parent / "metrics" / HISTORY
+        if recorded.is_file():
+            history += pandas.read_csv(recorded).to_dict("records")
     single = {}
     for name in TRAINED_SINGLE:
         settings = getattr(profile, name)
@@ -85,7 +86,7 @@ def collect_adapters(
             single[name] = collect(name, settings.path, workspace.adapters)
             continue
         if name == "lora_f":
-            raise AdapterError("lora_f is trained on more data than a profile prepares: name a directory as its source.")
+            raise AdapterError("lora_f takes more training data than a profile prepares: name a directory as its source.")
         config = settings.config(profile.seed)
         per_task = (settings if profile.adapters.path else profile.adapters).config().samples_per_step
         config = replace(config, samples_per_step=len(train) * per_task)
@@ -96,7 +97,7 @@ def collect_adapters(
 
 
 def collect(name: str, source: str | Path, folder: str | Path) -> Path:
-    """Copy the adapter at ``source``, a PEFT directory or hub id, into ``folder`` as it is, and return where it lies now.
+    """Copy the adapter at ``source``, a PEFT directory or hub id, into ``folder`` as it is, and return its new place.
 
     Raises:
         AdapterError: if it is missing or not a LoRA that can be mixed.
@@ -143,7 +144,7 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
 
 
 def write_index(workspace: Workspace, collection: Collection) -> Path:
-    """Write ``adapters.json``: ``{"tasks": {name: {"path", "sha256"}}, "single": {...}}``, paths relative to the root."""
+    """Write ``adapters.json``: ``{"tasks": {name: {"path", "sha256"}}, "single": {...}}``, relative to the root."""
     index = {
         group: {
             name: {"path": os.path.relpath(path, workspace.root), "sha256": load_adapter(name, path).sha256}
@@ -209,7 +210,12 @@ def card_facts(directory: str | Path) -> dict[str, str]:
 
 @torch.no_grad()
 def adapter_losses(
-    base_model: torch.nn.Module, adapters: Mapping[str, str | Path], examples: Examples, tokenizer, *, max_length: int = 1024
+    base_model: torch.nn.Module,
+    adapters: Mapping[str, str | Path],
+    examples: Examples,
+    tokenizer,
+    *,
+    max_length: int = 1024,
 ) -> list[Row]:
     """Mean loss (nats per response token) of the base model and of each task's own adapter: ``task, base, adapter``.
 
