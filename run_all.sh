@@ -53,7 +53,7 @@ set_up() {
     say "== environment: installing the pinned packages into .venv (only this once; several minutes)"
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python="$(find_python)"
-        "$python" -m venv .venv || { rm -rf .venv; fail "making .venv failed, see above (Debian and Ubuntu: install python3-venv)."; }
+        "$python" -m venv .venv || fail "making .venv failed, see above (on Debian and Ubuntu, install python3-venv)."
     fi
     rm -f "$stamp"
     log=.venv/install.log
@@ -62,7 +62,7 @@ set_up() {
            .venv/bin/python -m pip install --progress-bar off -c constraints.txt --no-build-isolation \
                -e '.[notebooks,test]'; } >"$log" 2>&1; then
         tail -n 5 "$log" >&2
-        fail "installing the packages failed (full log: $PWD/$log); check the network and the disk space, then run this again."
+        fail "installing the packages failed (full log: $PWD/$log); check network and disk space, then run this again."
     fi
     pins_hash >"$stamp"
     say "   done in $((SECONDS - begin)) s"
@@ -95,7 +95,7 @@ run_notebooks() {
     [[ $profile != *.y*ml ]] || file=$profile
     [[ -f $file ]] || status=2 fail "there is no profile '$profile'; choose one of: $(profiles)."
     if [[ $dry_run == yes ]] && ! environment_is_ready; then
-        say "== environment: would install $(grep -c == constraints.txt) pinned packages into .venv (1 to 6 GB, by platform)"
+        say "== environment: would install $(grep -c == constraints.txt) pinned packages into .venv (1 to 6 GB)"
         say "== profile $file, of which the environment is needed to say more:"
         grep -E '^(description|model|needs):' "$file" | sed 's/^/   /'
         return

@@ -32,7 +32,7 @@ def test_default_root_is_the_repository() -> None:
 
 
 def test_require_names_the_notebook_to_run(workspace) -> None:
-    with pytest.raises(ArtifactError, match=r"data/manifest\.json is missing: run notebook 01_adapter_collection first"):
+    with pytest.raises(ArtifactError, match=r"data/manifest\.json is missing: run notebook 01_adapter_coll"):
         workspace.require("01")
     artifacts.write_json(workspace.data / "manifest.json", {})
     with pytest.raises(ArtifactError, match=r"artifacts/smoke/adapters is missing"):  # an empty folder is no adapter

@@ -1,4 +1,4 @@
-"""The environment is described once: constraints.txt pins what pyproject.toml asks for, environment.yml adds nothing."""
+"""The environment is described once: constraints.txt pins what pyproject.toml needs, environment.yml adds nothing."""
 
 from __future__ import annotations
 

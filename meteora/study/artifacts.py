@@ -37,7 +37,7 @@ class ArtifactError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook of the study, the stages it builds on, and what it must leave, below artifacts/ or results/<profile>."""
+    """A notebook, the stages it builds on, and what it must leave below artifacts/<profile> or results/<profile>."""
 
     notebook: str
     needs: tuple[str, ...] = ()
@@ -67,7 +67,8 @@ def find_stage(name: str) -> Stage:
     """The stage of a number (``"02"`` or ``"2"``) or of a notebook's name."""
     number = name[:2].zfill(2)
     if not name or number not in STAGES or (len(name) > 2 and name.removesuffix(".ipynb") != STAGES[number].notebook):
-        raise ArtifactError(f"there is no notebook {name!r}; there are {', '.join(s.notebook for s in STAGES.values())}.")
+        known = ", ".join(stage.notebook for stage in STAGES.values())
+        raise ArtifactError(f"there is no notebook {name!r}; there are {known}.")
     return STAGES[number]
 
 
@@ -109,11 +110,12 @@ class Workspace:
         """Raise unless the notebooks of these stages (``"01"``) have left what later ones build on."""
         for name in stages:
             stage = find_stage(name)
+            command = f"./run_all.sh --profile {self.profile.name} --only {stage.number}"
             for path in self.left_by(name):
                 if not path.exists() or (path.is_dir() and not any(path.iterdir())):
                     raise ArtifactError(
                         f"{_relative(path, self.root)} is missing: run notebook {stage.notebook} first, with "
-                        f"profile {self.profile.name!r} (./run_all.sh --profile {self.profile.name} --only {stage.number})."
+                        f"profile {self.profile.name!r} ({command})."
                     )
 
     def write_csv(self, path: str | Path, rows: pandas.DataFrame | Iterable[Mapping[str, Any]]) -> Path:

@@ -1,4 +1,4 @@
-"""Running one notebook without a browser: papermill, on this very Python, with a progress bar that shows what it prints."""
+"""Running one notebook without a browser: papermill, on this very Python, with a bar that shows what it prints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _OwnKernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        kernel = get_kernel_dict(extra_arguments=["--log-level=ERROR"])
+        kernel = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"])
         # tqdm advises to install ipywidgets, whose bars would be missing from a page that nobody's browser runs
         return KernelSpec(**kernel, env={"PYTHONWARNINGS": "ignore:IProgress not found"})
 
@@ -64,8 +64,8 @@ class _Engine(NBClientEngine):
 papermill_engines.register("study", _Engine)
 
 
-def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[str, Any], *, progress: bool = True) -> None:
-    """Execute a notebook in its own folder; ``executed`` (.ipynb) and ``page`` (.html) appear only if it ran to its end.
+def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[str, Any]) -> None:
+    """Execute a notebook in its own folder; ``executed`` (.ipynb) and ``page`` (.html) appear if it ran to its end.
 
     Raises:
         NotebookError: if a cell failed; what was executed is then beside ``executed``, named ``*.failed.ipynb``.
@@ -75,7 +75,7 @@ def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[st
     failed = executed.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     # disable=None: no bar where the output is not a terminal
-    bar = {"desc": f"  {notebook.stem}", "leave": False, "disable": None if progress else True, "dynamic_ncols": True}
+    bar = {"desc": f"  {notebook.stem}", "leave": False, "disable": None, "dynamic_ncols": True}
     bar["bar_format"] = "{desc} {bar:12} cell {n_fmt}/{total_fmt} {elapsed}{postfix}"
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

@@ -57,14 +57,16 @@ def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | N
     profile, records = workspace.profile, records or Records(workspace)
     lines = [
         f"Profile {profile.name}: {profile.description}",
-        f"  model {profile.model.source} ({profile.model.dtype}, device {profile.model.device}), {len(profile.tasks)} tasks",
+        f"  model {profile.model.source} ({profile.model.dtype}, device {profile.model.device})",
+        f"  {len(profile.tasks)} tasks: {', '.join(profile.tasks)}",
         f"  files go to {workspace.artifacts} and {workspace.results}",
         "",
         "Notebooks:",
     ]
     for stage in stages:
         reason = records.why_run(stage)
-        lines.append(f"  {stage.notebook}: " + (f"would run, as {reason}" if reason else "would be skipped, up to date"))
+        would = f"would run, as {reason}" if reason else "would be skipped, up to date"
+        lines.append(f"  {stage.notebook}: {would}")
     lines += ["", f"Downloads (kept in {cache_root(profile.cache)} and the Hugging Face cache):"]
     missing = downloads(profile)
     for download in missing:

@@ -23,7 +23,8 @@ def profiles_block() -> str:
     rows = []
     for profile in map(load_profile, [*known, *(name for name in profile_names() if name not in known)]):
         needs = profile.needs
-        memory = f"{needs.memory_gb:g} GB" + (f" and {needs.gpu_memory_gb:g} GB on the GPU" if needs.gpu_memory_gb else "")
+        memory = f"{needs.memory_gb:g} GB"
+        memory += f" and {needs.gpu_memory_gb:g} GB on the GPU" if needs.gpu_memory_gb else ""
         time = f"{needs.minutes:g} min" if needs.minutes < 120 else f"{needs.minutes / 60:g} h"
         rows.append([f"`{profile.name}`", profile.description, needs.device, memory, f"{needs.disk_gb:g} GB", time])
     return to_markdown(pd.DataFrame(rows, columns=["profile", "what", "needs", "memory", "disk", "time"]))
@@ -57,7 +58,8 @@ def _composites(composite: pd.DataFrame) -> str:
     for heading, cells in columns.items():
         table[heading] = [cells.get(method, "") for method in in_order(correct["method"])]
     items = int(correct["n"].max())
-    return f"Composites, correct answers per item (mean over {items} items, 95% bootstrap interval):\n\n{to_markdown(table)}"
+    caption = f"Composites, correct answers per item (mean over {items} items, 95% bootstrap interval):"
+    return to_markdown(table, caption)
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

@@ -125,7 +125,8 @@ class Records:
         for earlier in existing_stages(self.notebooks):
             if earlier.number in stage.needs:
                 record = self.read(earlier)
-                digests[f"the run of {earlier.notebook}"] = _digest([record["inputs"], record["started"]] if record else 0)
+                run = [record["inputs"], record["started"]] if record else None
+                digests[f"the run of {earlier.notebook}"] = _digest(run)
         return digests
 
     def why_run(self, stage: Stage) -> str | None:

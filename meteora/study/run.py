@@ -85,7 +85,7 @@ def run_study(
             print(f"{head}: running, as {reason}", file=out, flush=True)
             for earlier in existing_stages(notebooks):
                 if earlier.number in stage.needs and earlier not in stages and records.why_run(earlier) is not None:
-                    print(f"  note: {earlier.notebook} is not up to date and not part of this run", file=out, flush=True)
+                    print(f"  note: {earlier.notebook} is not up to date and not part of this run", file=out)
             seconds[stage.notebook] = _run_stage(stage, workspace, records, profile_source)
             print(f"  done in {_duration(seconds[stage.notebook])}", file=out, flush=True)
             write_manifest(workspace, records)
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--only", metavar="NN", help="run this notebook alone")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs of these notebooks left")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and downloaded; start nothing")
-    parser.add_argument("--readme", action="store_true", help="bring README.md's generated tables up to date; run nothing")
+    parser.add_argument("--readme", action="store_true", help="bring README.md's tables up to date; run nothing")
     return parser
 
 
