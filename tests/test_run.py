@@ -286,6 +286,21 @@ def test_execution_is_on_this_python_and_leaves_the_original_alone(real, tmp_pat
     assert [p.name for p in left.iterdir()] == ["01_adapter_collection.ipynb"]
 
 
+def test_a_notebooks_own_bar_is_shown_as_long_as_it_moves() -> None:
+    class Bar:
+        shown = ""
+
+        def set_postfix_str(self, text: str) -> None:
+            self.shown = text
+
+    bar = Bar()
+    stream = execute._InnerBar(bar)
+    told = {"\r  0%| 0/4": "0%| 0/4", "\r 25%|\r 50%| 2/4": "50%| 2/4", "\r100%| 4/4\n": "", "a warning\n": ""}
+    for text, shown in told.items():
+        stream.write(text)
+        assert bar.shown == shown
+
+
 def test_a_failing_cell_is_named(real) -> None:
     real.write("01", "assert 1 + 1 == 3, 'sums are wrong\\nby one'")
     with pytest.raises(execute.NotebookError, match=r"^01_adapter_collection\.ipynb, cell \[4\] \(assert ") as caught:

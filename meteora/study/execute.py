@@ -1,4 +1,4 @@
-"""Running one notebook without a browser: papermill, on this very Python, with a bar that shows what it prints."""
+"""Running one notebook without a browser: papermill, on this very Python, with a bar that shows how far it is."""
 
 from __future__ import annotations
 
@@ -37,27 +37,28 @@ class _OwnKernel(AsyncKernelManager):
         return KernelSpec(**kernel, env={"PYTHONWARNINGS": "ignore:IProgress not found"})
 
 
-class _LastLine:
-    """A text stream that shows the last line written to it beside a progress bar."""
+class _InnerBar:
+    """A text stream that shows the progress bar written to it behind another bar, as long as it moves."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
 
     def write(self, text: str) -> None:
-        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-        if lines and self._bar is not None:
-            self._bar.set_postfix_str(lines[-1][:100])
+        # tqdm begins every state of a bar with a carriage return and ends the last one with a line feed
+        _, redrawn, state = text.rpartition("\r")
+        if self._bar is not None:
+            self._bar.set_postfix_str(state.strip()[:100] if redrawn and not state.endswith("\n") else "")
 
     def flush(self) -> None:
         """Nothing is held back."""
 
 
 class _Engine(NBClientEngine):
-    """papermill's own engine on `_OwnKernel`, its bar showing what the notebook prints."""
+    """papermill's own engine on `_OwnKernel`, its bar showing the notebook's own."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-        options["stdout_file"] = options["stderr_file"] = _LastLine(nb_man.pbar)
+        options["stderr_file"] = _InnerBar(nb_man.pbar)
         return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_OwnKernel, **options)
 
 
