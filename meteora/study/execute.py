@@ -59,7 +59,9 @@ class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
         options["stderr_file"] = _InnerBar(nb_man.pbar)
-        return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_OwnKernel, **options)
+        # of a text that was redrawn in place, such as a bar, the page is to show the last state
+        options |= {"kernel_manager_class": _OwnKernel, "coalesce_streams": True}
+        return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
 
 papermill_engines.register("study", _Engine)
@@ -90,7 +92,6 @@ def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[st
             cwd=notebook.parent,
             progress_bar=bar,
         )
-        _keep_last_of_line(node)
         write_text(page, _to_html(node, notebook))
         os.replace(partial, executed)
     except PapermillExecutionError as error:
@@ -107,15 +108,6 @@ def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[st
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _keep_last_of_line(node: Any) -> None:
-    """Of a text that was overwritten in place, such as a progress bar, keep what stood there in the end."""
-    for cell in node.cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                lines = output.text.split("\n")
-                output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
 
 
 def _to_html(node: Any, notebook: Path) -> str:
