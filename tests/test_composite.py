@@ -11,11 +11,12 @@ from data_prep.base_models import load_base_model
 from data_prep.composite import CompositeItem, parse_answers
 from data_prep.toy import toy_examples
 from meteora import MeteoraModel
+from meteora.batches import encode
 from meteora.study.baselines import build_methods
 from meteora.study.composite import composite_rows, paired_composite_rows, predict_composite, score_composite
 from meteora.study.decoding import TranscriptBatch
 from meteora.study.guided import GuidedNumbering
-from meteora.study.sequential import answer_in_sequence, transcript_tokens
+from meteora.study.sequential import answer_in_sequence, transcript
 
 TASKS = ("toy_echo", "toy_first_letter", "toy_parity")
 LIMITS = {"toy_echo": 7, "toy_first_letter": 3, "toy_parity": 5}
@@ -100,7 +101,7 @@ def test_sequential_equals_encoding_the_transcript_anew(tiny, items, method, bat
             # the oracle's earlier problems were run with *their* adapters, so its transcript cannot be run in one pass
             if method == "peft" and position:
                 continue
-            tokens, _ = transcript_tokens(tokenizer, prompts, [*answers[i][:position], []])
+            tokens = transcript(tokenizer, prompts, [*answers[i][:position], []]).tokens
             with run.active(example["task"]):
                 expected = greedy(model, tokens, LIMITS[example["task"]], tokenizer.eos_token_id)
             assert answers[i][position] == expected
@@ -126,12 +127,51 @@ def test_sequential_batched_equals_one_at_a_time(tiny, items, method):
 
 def test_transcript_closes_every_answer_but_the_last(tiny):
     _, tokenizer = tiny
-    tokens, written = transcript_tokens(tokenizer, ["[INST] a [/INST]\n", "[INST] b [/INST]\n"], [[65, 66], [67]])
-    text = tokenizer.decode(tokens, skip_special_tokens=False)
-    answer = tokenizer.decode([65, 66])
-    assert text == f"[INST] a [/INST]\n{answer}{tokenizer.eos_token}\n[INST] b [/INST]\n{tokenizer.decode([67])}"
-    assert [t for t, w in zip(tokens, written) if w == 0] == [65, 66]
-    assert [t for t, w in zip(tokens, written) if w == 1] == [67]
+    prompts = ["[INST] a [/INST]\n", "[INST] b [/INST]\n", "[INST] c [/INST]\n"]
+    found = transcript(tokenizer, prompts, [[65, 66], [], [67]])
+    eos, first, last = tokenizer.eos_token, tokenizer.decode([65, 66]), tokenizer.decode([67])
+    assert tokenizer.decode(found.tokens, skip_special_tokens=False) == (
+        f"{prompts[0]}{first}{eos}\n{prompts[1]}{eos}\n{prompts[2]}{last}"
+    )
+    parts = list(zip(found.tokens, found.problem, found.is_answer, strict=True))
+    assert [(t, i) for t, i, answer in parts if answer] == [
+        (65, 0), (66, 0), (tokenizer.eos_token_id, 0), (tokenizer.eos_token_id, 1), (67, 2),
+    ]  # fmt: skip
+    assert [i for _, i, _ in parts] == sorted(i for _, i, _ in parts)
+
+
+def test_transcripts_are_what_the_gates_are_trained_on(tiny, items):
+    _, tokenizer = tiny
+    examples = items[0].examples
+    (trained,) = encode([{"turns": examples}], {task: n for n, task in enumerate(TASKS)}, tokenizer, 10_000)
+    responses = [tokenizer.encode(example["response"], add_special_tokens=False) for example in examples]
+    seen = transcript(tokenizer, [example["prompt"] for example in examples], responses)
+    assert [*seen.tokens, tokenizer.eos_token_id] == trained.ids
+    assert [TASKS.index(examples[i]["task"]) for i in seen.problem] == trained.tasks[:-1]
+
+
+def test_the_oracle_runs_every_token_of_a_problem_as_its_task(tiny, items, monkeypatch):
+    """Problem, answer and the answer's end: what is fed while the model is routed to a task is that task's alone."""
+    model, tokenizer = tiny
+    fed, forward = [[] for _ in items], MeteoraModel.forward
+
+    def record(self, **inputs):
+        new = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
+        for row, (ids, real) in enumerate(zip(inputs["input_ids"].tolist(), new.tolist(), strict=True)):
+            task = self.state.forced.indices[row].item()
+            fed[row] += [(token, TASKS[task]) for token, keep in zip(ids, real, strict=True) if keep]
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(MeteoraModel, "forward", record)
+    run = build_methods(["peft"], model)["peft"]
+    examples = sorted((item.examples for item in items), key=lambda e: -sum(len(x["prompt"]) for x in e))
+    (answers,) = answer_in_sequence(
+        model, tokenizer, examples, limits=LIMITS, batch_size=len(items), active=run.active
+    )
+    for row, problems in enumerate(examples):
+        whole = transcript(tokenizer, [example["prompt"] for example in problems], answers[row])
+        expected = [(token, problems[i]["task"]) for token, i in zip(whole.tokens, whole.problem, strict=True)]
+        assert fed[row] == expected[: len(fed[row])] and len(expected) - len(fed[row]) <= 1  # the last token is not fed
 
 
 @pytest.mark.parametrize("protocol", ["numbered", "guided"])

@@ -4,17 +4,17 @@ A transcript of three problems, with `<eos>` for the tokenizer's end-of-text tok
 
     [INST] problem 1 [/INST]\\n answer 1 <eos>\\n[INST] problem 2 [/INST]\\n answer 2 <eos>\\n ...
 
-Between an answer and the next problem stand `<eos>`, with which every training sample ends, and a line break, which
-follows it in the chat format the base model was tuned on. They are written by us, so that an answer that was cut off
-at its limit is closed like the others. Nobody names a task or touches an adapter, except for methods that are told the
-task (the oracle).
+An answer ends with `<eos>`, as every training sample does, and the next problem begins on a new line, as in the chat
+format the base model was tuned on (`meteora.batches.prompt_ids`). Both are written by us, so that an answer that was
+cut off at its limit is closed like the others. Nobody names a task or touches an adapter, except for methods that are
+told the task (the oracle): they run a problem, its answer and the answer's end as that task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,31 +22,30 @@ from meteora.batches import prompt_ids
 from meteora.study.decoding import TranscriptBatch
 
 
-def problem_tokens(tokenizer, prompt: str, *, first: bool) -> list[int]:
-    """What is appended for one problem: what closes the previous answer, unless it is the first, and the prompt."""
-    closing = [] if first else [tokenizer.eos_token_id]
-    return closing + prompt_ids(tokenizer, prompt, first=first)
+class Transcript(NamedTuple):
+    """A whole transcript, as the model saw and wrote it; the three lists have one entry per token.
 
-
-def transcript_tokens(
-    tokenizer, prompts: Sequence[str], answers: Sequence[Sequence[int]]
-) -> tuple[list[int], list[int | None]]:
-    """A whole transcript, as the model saw and wrote it.
-
-    Args:
-        prompts: of the problems.
-        answers: token ids, one list per problem.
-
-    Returns:
-        The token ids, and for each of them the number of the problem it belongs to if the model wrote it, else `None`.
+    Attributes:
+        tokens: ids.
+        problem: the number, from 0, of the problem that a token belongs to, as part of its prompt or of its answer.
+        is_answer: whether it belongs to the answer; the end-of-text token behind an answer does.
     """
-    tokens: list[int] = []
-    written: list[int | None] = []
+
+    tokens: list[int]
+    problem: list[int]
+    is_answer: list[bool]
+
+
+def transcript(tokenizer, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> Transcript:
+    """Put problems and answers (token ids) together; every answer but the last is closed."""
+    whole = Transcript([], [], [])
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        problem = problem_tokens(tokenizer, prompt, first=i == 0)
-        tokens += [*problem, *answer]
-        written += [None] * len(problem) + [i] * len(answer)
-    return tokens, written
+        closed = [*answer] if i == len(prompts) - 1 else [*answer, tokenizer.eos_token_id]
+        for tokens, is_answer in ((prompt_ids(tokenizer, prompt, first=i == 0), False), (closed, True)):
+            whole.tokens.extend(tokens)
+            whole.problem.extend([i] * len(tokens))
+            whole.is_answer.extend([is_answer] * len(tokens))
+    return whole
 
 
 def answer_in_sequence(
@@ -77,11 +76,12 @@ def answer_in_sequence(
         answers: dict[int, list[list[int]]] = {i: [] for i in batch}
         for position, problems in enumerate(zip(*(items[i] for i in batch), strict=True)):
             tasks = [example["task"] for example in problems]
+            prompts = [prompt_ids(tokenizer, example["prompt"], first=position == 0) for example in problems]
             with active(tasks):
-                transcripts.extend(
-                    [problem_tokens(tokenizer, example["prompt"], first=position == 0) for example in problems]
-                )
+                transcripts.extend(prompts)
                 written = transcripts.decode([limits[task] for task in tasks])
+                if position < len(items[0]) - 1:
+                    transcripts.extend([[tokenizer.eos_token_id]] * len(batch))
             for i, answer in zip(batch, written, strict=True):
                 answers[i].append(answer)
         yield answers
