@@ -166,7 +166,8 @@ def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sampl
     digest = hashlib.sha256(json.dumps(settings).encode())
     for groups in data:
         for task, samples in groups.items():
-            digest.update(json.dumps([task, [[sample.ids, sample.is_response, sample.tasks] for sample in samples]]).encode())
+            encoded = [[sample.ids, sample.is_response, sample.tasks] for sample in samples]
+            digest.update(json.dumps([task, encoded]).encode())
     for name, layer in model.layers.items():
         digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
         digest.update(layer.base_layer.weight.detach().flatten()[:8].float().cpu().numpy().tobytes())

@@ -19,7 +19,7 @@ from meteora.study.evaluation import (
     paired_rows,
     predict_independent,
 )
-from meteora.study.measures import strict_scores, task_rows
+from meteora.study.measures import published_rows, strict_scores, task_rows
 from meteora.study.scoring import corpus_bleu, corpus_bleu_published
 
 TASKS = ("toy_echo", "toy_first_letter", "toy_parity")
@@ -214,3 +214,12 @@ def test_answer_budget_follows_the_training_responses(tiny):
     assert answer_budget(tokenizer, ["x"], cap=100) == 8
     assert answer_budget(tokenizer, ["abcdefghijkl"], cap=5) == 5
     assert answer_budget(tokenizer, [], cap=100) == 8
+
+
+def test_the_authors_scoring_stands_beside_ours():
+    examples = {"object_counting": [{"task": "object_counting", "response": "1", "choices": None}] * 2}
+    answers = {"base": {"object_counting": ["1", "11"]}}
+    (row,) = published_rows(examples, answers)
+    assert row["task"] == "object_counting" and row["method"] == "base" and row["metric"] == "accuracy"
+    assert (row["value"], row["n"]) == (1, 2)
+    assert strict_scores(examples["object_counting"], answers["base"]["object_counting"]) == [1.0, 0.0]

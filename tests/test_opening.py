@@ -1,4 +1,4 @@
-"""What the evaluation notebooks start from: the right models over one copy of the weights, or a word on what is missing."""
+"""What the evaluation notebooks start from: the right models over one copy of the weights, or what is missing."""
 
 import dataclasses
 import json

@@ -153,7 +153,7 @@ def benchmark_layer(
     """The rows of ``benchmark.csv`` (``COLUMNS``) with workload ``layer`` and mode ``forward``.
 
     Metrics are ``time_us`` and, for eager calls, ``peak_bytes``. What cannot be measured is a row without a value whose
-    unit says why: ``out of memory`` or, for a CUDA graph, ``not capturable``. Every result is first compared with float64.
+    unit says why: ``out of memory`` or, for a CUDA graph, ``not capturable``. Results are first compared with float64.
 
     Raises:
         AssertionError: if a strategy computes something else.

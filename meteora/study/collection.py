@@ -1,6 +1,6 @@
 """The adapters a run works with: copied from where they lie or trained, checked, and written down in one index.
 
-The index, ``adapters.json`` in the workspace's adapters folder, says of every adapter where it lies and its sha256: those
+The index, ``adapters.json`` in the workspace's adapters folder, says where every adapter lies and its sha256: those
 of the tasks under ``tasks``, in the order the gates will have, and those used for every task under ``single``.
 """
 
@@ -86,7 +86,7 @@ def collect_adapters(
             single[name] = collect(name, settings.path, workspace.adapters)
             continue
         if name == "lora_f":
-            raise AdapterError("lora_f takes more training data than a profile prepares: name a directory as its source.")
+            raise AdapterError("lora_f takes more data than a profile prepares: name a directory as its source.")
         config = settings.config(profile.seed)
         per_task = (settings if profile.adapters.path else profile.adapters).config().samples_per_step
         config = replace(config, samples_per_step=len(train) * per_task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from meteora.study.scoring import (
     bleu_from_statistics,
     bleu_statistics,
     corpus_bleu_published,
+    published,
     rouge_scores,
     score,
 )
@@ -33,14 +34,26 @@ def references(example: Example) -> list[str]:
     return example.get("references") or [example["response"]]
 
 
-def strict_scores(examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-    """1.0 or 0.0 per example by the strict accuracy of its task; examples of tasks without one are left out."""
+def strict_scores(examples: Sequence[Example], answers: Sequence[str], by: Callable[..., float] = score) -> list[float]:
+    """1.0 or 0.0 per example by its task's strict accuracy, or by another scoring; tasks without one are left out."""
     pairs = zip(examples, answers, strict=True)
     tasks = {example["task"]: get_task(example["task"]) for example in examples}
     return [
-        score(tasks[example["task"]], answer, references(example), example["choices"])
+        by(tasks[example["task"]], answer, references(example), example["choices"])
         for example, answer in pairs
         if tasks[example["task"]].accuracy is not None
+    ]
+
+
+def published_rows(
+    examples: Mapping[str, Sequence[Example]], answers: Mapping[str, Mapping[str, Sequence[str]]]
+) -> list[Row]:
+    """Rows of `published_scoring.csv`: the accuracy of the authors' code, for answers as method -> task -> strings."""
+    return [
+        {"task": task, "method": method, **interval_row("accuracy", strict_scores(examples[task], texts, published))}
+        for method, by_task in answers.items()
+        for task, texts in by_task.items()
+        if get_task(task).accuracy is not None
     ]
 
 
@@ -58,8 +71,8 @@ def task_rows(examples: Sequence[Example], answers: Sequence[str]) -> list[Row]:
         counts = np.stack([bleu_statistics(a, r) for a, r in zip(answers, right, strict=True)])
         value, low, high = corpus_interval(lambda drawn: bleu_from_statistics(counts[drawn].sum(0)), len(answers))
         rows.append({"metric": "bleu", "value": value, "low": low, "high": high, "n": len(answers)})
-        published = corpus_bleu_published(answers, right)
-        rows.append({"metric": "bleu_published", "value": published, "low": None, "high": None, "n": len(answers)})
+        as_published = corpus_bleu_published(answers, right)
+        rows.append({"metric": "bleu_published", "value": as_published, "low": None, "high": None, "n": len(answers)})
     if "rouge" in task.text_metrics:
         scores = [rouge_scores(a, r) for a, r in zip(answers, right, strict=True)]
         rows += [interval_row(metric, [row[metric] for row in scores]) for metric in ROUGE_METRICS]

@@ -1,8 +1,8 @@
 """Chooses the tasks of profile `laptop` and trains the adapters that ship with the repository.
 
 The rule: of the profile's tasks, those short enough for a CPU (mean prompt and response of the training examples), and of
-these the ones where the adapter gains most over the base model, by accuracy on the *validation* split. Test examples are
-not looked at. `task_selection.csv` records every candidate, chosen or not.
+these the ones where the adapter gains most over the base model, by accuracy on the *validation* split. Test examples
+are not looked at. `task_selection.csv` records every candidate, chosen or not.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def select_and_train(
     Args:
         profile: its model, tasks and settings for adapters.
         data: prepared examples of all its tasks (`data_prep.prepare_tasks`).
-        output: gets `adapters/<task>`, `adapters/lora_b`, `metrics/task_selection.{csv,json}`, `metrics/adapter_training.csv`.
+        output: gets adapters/ (the tasks' and `lora_b`) and metrics/ (task_selection.csv, .json, adapter_training.csv).
         longest: most mean tokens of prompt and response that a candidate may have.
     """
     base, tokenizer = load_base_model(profile.model.source, dtype=profile.model.dtype, device=device)
@@ -114,13 +114,16 @@ def _ship(source: Path, target: Path, tasks: Sequence[str]) -> None:
 
 def data_section(tasks: Sequence[str]) -> str:
     """The part of a model card that says what the adapter saw."""
+    names = "\n".join(f"- `{task}`" for task in tasks)
     return f"""
 ## Data
 
-Training examples of the BIG-bench task{"s" if len(tasks) > 1 else ""} {", ".join(f"`{task}`" for task in tasks)} (package
-`{BIGBENCH.name}` {BIGBENCH.version}, Apache-2.0), as `data_prep` prepares them: prompt `[INST] question [/INST]` and a line
-break, then the answer and the end-of-text token. BIG-bench's own test part was left out; the kept step is the one with the
-lowest loss on the validation examples, which are no training examples.
+Training examples of BIG-bench (package `{BIGBENCH.name}` {BIGBENCH.version}, Apache-2.0), as `data_prep` prepares them:
+
+{names}
+
+Prompt `[INST] question [/INST]` and a line break, then the answer and the end-of-text token. BIG-bench's own test part
+was left out; the kept step is the one with the lowest loss on validation examples, which are no training examples.
 """
 
 

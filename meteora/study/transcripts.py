@@ -11,7 +11,7 @@ Example = Mapping
 def mixed_transcripts(
     examples: Mapping[str, Sequence[Example]], count: int, *, most_turns: int = 5, seed: int = 0
 ) -> list[dict]:
-    """``count`` rows {turns: [...]} for `meteora.train_gates`: 2 to ``most_turns`` random problems with their responses.
+    """``count`` rows {turns: [...]} for `meteora.train_gates`: 2 to ``most_turns`` random problems and responses.
 
     Args:
         examples: task -> training examples.
