@@ -1,7 +1,7 @@
 """Chooses the tasks of profile `laptop` and trains the adapters that ship with the repository.
 
-The rule: of the profile's tasks, those short enough for a CPU (mean prompt and response of the training examples), and of
-these the ones where the adapter gains most over the base model, by accuracy on the *validation* split. Test examples
+The rule: of the profile's tasks, those short enough for a CPU (mean prompt and response of the training examples), and
+of these the ones where the adapter gains most over the base model, by accuracy on the *validation* split. Test examples
 are not looked at. `task_selection.csv` records every candidate, chosen or not.
 """
 
