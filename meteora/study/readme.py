@@ -46,20 +46,18 @@ def results_block(results: Path = RESULTS) -> str:
 
 
 def _composites(composite: pd.DataFrame) -> str:
-    """One row a method, one column a composite and protocol: correct answers of an item, over all its sub-tasks."""
+    """One row a setting, one column a method: correct answers of an item, over all its sub-tasks."""
     correct = composite[(composite["subtask"] == "ALL") & (composite["metric"] == "correct")]
-    columns: dict[str, dict[str, str]] = {}
-    for (size, protocol), part in correct.groupby(["composite", "protocol"], sort=False):
-        several = part["temperature"].nunique() > 1
-        for temperature, cells in part.groupby("temperature"):
-            heading = f"{protocol}, of {size}" + (f", T = {temperature:g}" if several else "")
-            columns[heading] = {row.method: interval_text(row.value, row.low, row.high) for row in cells.itertuples()}
-    table = pd.DataFrame({"method": [label(m) for m in in_order(correct["method"])]})
-    for heading, cells in columns.items():
-        table[heading] = [cells.get(method, "") for method in in_order(correct["method"])]
+    rows = []
+    for (size, protocol, shots, temperature), cells in correct.groupby(
+        ["composite", "protocol", "shots", "temperature"], sort=False
+    ):
+        values = {row.method: interval_text(row.value, row.low, row.high, "correct") for row in cells.itertuples()}
+        methods = {label(method): values.get(method, "") for method in in_order(correct["method"])}
+        rows.append({"protocol": protocol, "problems": size, "shots": shots, "T": f"{temperature:g}", **methods})
     items = int(correct["n"].max())
     caption = f"Composites, correct answers per item (mean over {items} items, 95% bootstrap interval):"
-    return to_markdown(table, caption)
+    return to_markdown(pd.DataFrame(rows), caption)
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

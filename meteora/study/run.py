@@ -135,11 +135,14 @@ def _duration(seconds: float) -> str:
 
 
 def git_revision() -> str | None:
-    """The checked-out commit, with ``+`` if files differ from it; ``None`` outside a git checkout."""
+    """The checked-out commit, with ``+`` if files differ from it; ``None`` outside a git checkout.
+
+    What a run itself writes, ``results/``, does not count.
+    """
     try:
         commit, changes = (
             subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", ":!results"))
         )
         return commit + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
