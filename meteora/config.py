@@ -51,17 +51,21 @@ class MeteoraConfig:
         top_k: adapters mixed per token and layer; ``None`` means min(2, number of adapters).
         temperature: divides the chosen logits before their softmax (paper: 1, and 15/20/30 for composite-3/5/10).
         backend: ``loop``, ``bmm``, ``dense``, ``triton``, or ``auto`` for the fastest there is on the device.
+        absolute_logits: choose by the logits' absolute values, as training-free gates must (:mod:`meteora.arrow`).
     """
 
     top_k: int | None = None
     temperature: float = 1.0
     backend: str = "auto"
+    absolute_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
         self.temperature = check_temperature(self.temperature)
         check_backend(self.backend)
+        if not isinstance(self.absolute_logits, bool):
+            raise ValueError(f"absolute_logits must be True or False, not {self.absolute_logits!r}.")
 
 
 @dataclass

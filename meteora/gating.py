@@ -16,13 +16,15 @@ class Routing:
     weights: Tensor
 
 
-def gate_logits(x: Tensor, gate: Tensor) -> Tensor:
+def gate_logits(x: Tensor, gate: Tensor, *, absolute: bool = False) -> Tensor:
     """Logits (..., N) of a gate (N, in) for inputs x (..., in), in float32 whatever their dtype.
 
-    In bf16 rounding would decide between adapters whose logits lie close together.
+    In bf16 rounding would decide between adapters whose logits lie close together. With ``absolute`` they are |G x|:
+    the rows of a training-free gate are singular vectors, whose sign means nothing (:mod:`meteora.arrow`).
     """
     with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x.float(), gate.float())
+        logits = torch.nn.functional.linear(x.float(), gate.float())
+    return logits.abs() if absolute else logits
 
 
 def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> Routing:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.adapters import LoraWeights
-from meteora.backends import get_mix
+from meteora.backends import get_gated_mix, get_mix
 from meteora.gating import Routing, forced, gate_logits, route
 from meteora.trace import Trace
 
@@ -53,6 +53,7 @@ class MixtureState:
     top_k: int
     temperature: float = 1.0
     backend: str = "auto"
+    absolute_logits: bool = False  # the gates' rows are Arrow's prototypes, whose sign means nothing
     enabled: bool = True
     forced: ForcedAdapters | None = None
     trace: Trace | None = None
@@ -70,6 +71,7 @@ class MeteoraLinear(nn.Module):
         adapters: index (0..N-1) -> that adapter's weights here. One that is absent can be chosen, and adds zero.
         state: the settings shared by all layers.
         dtype: of the adapters' weights.
+        device: of everything that is added, if that is not where the linear layer's weight lies (it may be offloaded).
         name: the layer's dotted name in its model, for the trace.
 
     Attributes:
@@ -86,6 +88,7 @@ class MeteoraLinear(nn.Module):
         state: MixtureState,
         *,
         dtype: torch.dtype,
+        device: torch.device | None = None,
         name: str = "",
     ) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class MeteoraLinear(nn.Module):
         self.base_layer = base_layer
         self.name = name
         self.state = state
-        device = base_layer.weight.device
+        device = device or base_layer.weight.device
         # Zero is neutral: no adapter is preferred, and the result does not depend on a random state.
         self.gate = nn.Linear(self.in_features, num_adapters, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(self.gate.weight)
@@ -103,6 +106,8 @@ class MeteoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.cat(A), requires_grad=False)
         self.lora_B = nn.Parameter(torch.cat(B, dim=1), requires_grad=False)
         self.register_buffer("column_adapter", torch.cat(owner).to(device), persistent=False)
+        self._packed: Tensor | None = None
+        self._packed_from: tuple | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -131,13 +136,30 @@ class MeteoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
         y = self.base_layer(x)
-        state = self.state
+        state, device = self.state, y.device.type
         if not state.enabled:
             return y
-        tokens = x.reshape(-1, self.in_features)  # (T, in)
+        tokens, flat = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
+        A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
+        gated_mix = get_gated_mix(state.backend, device) if self._gate_can_be_fused(x, y) else None
+        # Autocast has done its part in choosing y's type; inside, it would mix types where y is not of its own.
+        with torch.autocast(device, enabled=False):
+            if gated_mix is not None:
+                self._warn_once()
+                options = {"absolute": state.absolute_logits, "packed": self._packed_weights(A)}
+                gate, owner = self.gate.weight, self.column_adapter
+                mixed = gated_mix(flat, tokens, A, B, gate, owner, state.top_k, state.temperature, **options)
+            else:
+                routing = self._routing(x, tokens)
+                mixed = get_mix(state.backend, device)(flat, tokens.to(y.dtype), A, B, self.column_adapter, routing)
+        return mixed.view(y.shape)
+
+    def _routing(self, x: Tensor, tokens: Tensor) -> Routing:
+        """The adapters of x (..., in), whose ``tokens`` are (T, in): forced, or chosen by the gate."""
+        state = self.state
         routing = state.forced.routing(x.shape[:-1], x.device) if state.forced else None
         if routing is None or state.trace is not None or state.gate_observer is not None:
-            logits = gate_logits(tokens, self.gate.weight)  # (T, N)
+            logits = gate_logits(tokens, self.gate.weight, absolute=state.absolute_logits)  # (T, N)
             if state.gate_observer is not None:
                 state.gate_observer(self, tokens, logits)
             if routing is None:
@@ -146,11 +168,40 @@ class MeteoraLinear(nn.Module):
                 routing = route(logits, state.top_k, state.temperature)
             if state.trace is not None:
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
-        mix = get_mix(state.backend)
-        operands = (tensor.to(y.dtype) for tensor in (tokens, self.lora_A, self.lora_B))
-        # Autocast has done its part in choosing y's type; inside, it would mix types where y is not of its own.
-        with torch.autocast(y.device.type, enabled=False):
-            return mix(y.reshape(-1, self.out_features), *operands, self.column_adapter, routing).view(y.shape)
+        return routing
+
+    def _gate_can_be_fused(self, x: Tensor, y: Tensor) -> bool:
+        """Whether nobody but the mixture itself wants the gate's logits, and a fused backend takes x as it is."""
+        state = self.state
+        watched = state.forced is not None or state.trace is not None or state.gate_observer is not None
+        trained = state.absolute_logits and torch.is_grad_enabled()
+        return not watched and not trained and x.dtype == y.dtype
+
+    def _packed_weights(self, A: Tensor) -> Tensor | None:
+        """What a fused backend multiplies x with, kept as long as the weights stay; ``None``: to be made in each call.
+
+        The kept tensor holds A's values, so ``lora_A`` becomes a view of it and nothing is stored twice.
+        """
+        weights = (self.lora_A, self.gate.weight)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return None
+        if torch.compiler.is_compiling():
+            return self._packed
+        if self._packed is None or self._packed_from != self._state_of(weights, A.dtype):
+            from meteora.kernels.ops import pack
+
+            with torch.no_grad():
+                self._packed = pack(A, self.gate.weight)
+                if A.dtype == self.lora_A.dtype:
+                    self.lora_A.data = self._packed[: len(A)]
+            self._packed_from = self._state_of(weights, A.dtype)
+        return self._packed
+
+    @staticmethod
+    def _state_of(weights: tuple[Tensor, ...], dtype: torch.dtype) -> tuple:
+        """Differs whenever one of the weights was replaced, moved or written to."""
+        versions = (0 if weight.is_inference() else weight._version for weight in weights)
+        return dtype, *versions, *(weight.data_ptr() for weight in weights)
 
     def _warn_once(self) -> None:
         if self.state.warning is not None and not self.state.warned:

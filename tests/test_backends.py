@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meteora.backends import MIXERS, get_mix
+from meteora.backends import MIXERS, get_gated_mix, get_mix, resolve, triton
 from meteora.gating import Routing
 
-NAMES = sorted(MIXERS)
+NAMES = ["bmm", "dense", "loop"]  # in plain torch, and so in any dtype; the fourth is tested in test_kernels.py
 
 
 def problem(ranks, tokens, k, *, features=5, out=4, seed=0, dtype=torch.float64, shuffle=False, x_stride=1):
@@ -118,9 +118,26 @@ def test_what_is_not_finite_stays_in_its_token(backend, value):
     assert not torch.isfinite(result[2]).any()
 
 
-def test_auto_is_dense_and_what_is_missing_says_so():
-    assert get_mix("auto") is MIXERS["dense"]
+def test_names():
+    assert set(MIXERS) == {*NAMES, "triton"}
+    assert get_mix("auto", "cpu") is MIXERS["dense"] and get_gated_mix("auto", "cpu") is None
+    assert get_gated_mix("dense") is None
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         get_mix("fast")
-    with pytest.raises(NotImplementedError, match="'triton' is not part of this version"):
-        get_mix("triton")
+
+
+def test_triton_wants_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="'triton' cannot run on 'cpu', as it needs a GPU; use 'auto', or set TRITON"):
+        get_mix("triton", "cpu")
+    assert resolve("auto", "cuda") == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton", "cpu") == "triton" and resolve("auto", "cpu") == "dense"
+
+
+def test_auto_says_once_what_it_falls_back_to(monkeypatch, caplog):
+    monkeypatch.setattr(triton, "INSTALLED", False)
+    assert {resolve("auto", "cuda") for _ in range(3)} == {"dense"}
+    assert [r.message for r in caplog.records] == ["backend 'auto' uses 'dense' on this GPU, as Triton is not installed."]
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        resolve("triton", "cuda")

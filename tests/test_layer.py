@@ -1,5 +1,8 @@
 """One layer: y = W x + sum_j w_j s_j B_j A_j x, whatever the input's shape, strides, type and values."""
 
+import copy
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +13,10 @@ from meteora import MeteoraLinear
 from meteora.adapters import LoraWeights
 from meteora.layer import ForcedAdapters, MixtureState
 
-BACKENDS = ["loop", "bmm", "dense"]
+PLAIN = ["loop", "bmm", "dense"]  # in plain torch, and so in any dtype
+BACKENDS = [*PLAIN, *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]  # these layers are on the CPU
+
+interpreted = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
 
 
 def make_layer(ranks, *, features=6, out=5, seed=0, dtype=torch.float32, base=None, **state):
@@ -82,7 +88,7 @@ def test_nan_in_one_token_stays_in_that_token(backend):
     assert torch.isnan(dirty[1, 2]).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_gradcheck_of_inputs_and_gate(backend):
     layer, _ = make_layer([2, 1, 3], backend=backend, dtype=torch.float64)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -108,7 +114,7 @@ def test_all_backends_give_the_gate_and_the_input_the_same_gradients():
     assert results[0][2].abs().max() > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_gives_the_base_layers_type(backend, dtype):
     layer, adapters = make_layer([2, 4], backend=backend, dtype=dtype)
@@ -176,3 +182,38 @@ def test_an_added_adapter_is_a_zero_row_and_more_columns():
     layer.state.forced = ForcedAdapters([0], one_for_all=True)
     w = adapters[0]
     torch.testing.assert_close(layer(x) - layer.base_layer(x), w.scaling * (x @ w.A.T @ w.B.T), atol=1e-5, rtol=1e-4)
+
+
+@interpreted
+def test_triton_refuses_what_it_would_compute_wrongly():
+    for dtype, match in ((torch.float64, "float32, float16 or bfloat16"), (torch.bfloat16, "interpreter")):
+        layer, _ = make_layer([2, 4], backend="triton", dtype=dtype)
+        with pytest.raises(ValueError, match=match):
+            layer(torch.randn(3, 6, dtype=dtype))
+
+
+@interpreted
+def test_packed_weights_follow_the_weights():
+    layer, adapters = make_layer([2, 4], backend="triton")
+    x = torch.randn(5, 6)
+
+    def check():
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x).double(), definition(layer, adapters, x), rtol=1e-3, atol=1e-4)
+        assert layer.lora_A.data_ptr() == layer._packed.data_ptr(), "A is kept twice"
+
+    check()
+    with torch.no_grad():
+        layer.gate.weight.add_(torch.randn_like(layer.gate.weight))
+    check()
+    layer.gate.weight = nn.Parameter(torch.randn(2, 6))
+    check()
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        copied.gate.weight.neg_()
+    assert not torch.equal(copied(x), layer(x))
+    check()
+    adapters[2] = LoraWeights(torch.randn(3, 6), torch.randn(5, 3), 1.5)
+    layer.add_adapter(adapters[2])
+    check()
+    assert torch.equal(layer.state_dict()["lora_A"], layer.lora_A)

@@ -1,0 +1,249 @@
+"""The kernels as operators of torch: with gradients, under ``torch.compile`` and in CUDA graphs.
+
+``gated_mix`` takes tokens and gate and does everything: logits, top-k, weights, shrink, expand. ``mix`` is for a routing
+that is given. Each exists twice: functional, with gradients, and in place (``*_``), for inference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meteora.kernels import decode
+from meteora.kernels.expand import expand, expand_ref
+from meteora.kernels.launch import gate_parts, padded
+from meteora.kernels.route import mask, mask_ref, route, route_backward
+from meteora.kernels.shrink import shrink
+
+
+def gated_mix_ref(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, column_adapter: Tensor, top_k: int,
+    temperature: float = 1.0, *, absolute: bool = False,
+) -> Tensor:  # fmt: skip
+    """What :func:`gated_mix` computes, in plain torch and float32 until the end."""
+    logits = x.float() @ gate.float().t()
+    values, indices = (logits.abs() if absolute else logits).topk(top_k)
+    return mix_ref(y, x, A, B, column_adapter, indices, torch.softmax(values / temperature, -1))
+
+
+def mix_ref(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
+) -> Tensor:
+    """What :func:`mix` computes, in plain torch and float32 until the end."""
+    return expand_ref(y, mask_ref(x.float() @ A.float().t(), column_adapter, indices, weights), B)
+
+
+def pack(A: Tensor, gate: Tensor) -> Tensor:
+    """All that is multiplied with x, in one matrix (C, in) of A's dtype: A (R, in), the gate (N, in), zeros.
+
+    A 16-bit dtype would round the float32 gate to 8 or 11 bits and flip close decisions, so it comes in two parts, the
+    rounded weights and what rounding took away. C is a multiple of 16.
+    """
+    rounded = gate.to(A.dtype)
+    rows = [A, rounded]
+    if gate_parts(A.dtype) == 2:
+        rows.append((gate.float() - rounded.float()).to(A.dtype))
+    count = sum(map(len, rows))
+    return torch.cat([*rows, A.new_zeros(padded(count) - count, A.shape[1])])
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x with a last dimension of stride 1, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result, as accumulated."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+# Inference: adds into y ----------------------------------------------------------------------------------------------
+
+
+def _gated_mix_inplace(
+    y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
+    temperature: float, absolute: bool,
+) -> None:  # fmt: skip
+    if not len(x) or not len(column_adapter):
+        return
+    products = shrink(_dense_rows(x), packed)
+    if decode.fits(*y.shape, len(column_adapter)):
+        decode.decode(y, products, B, column_adapter, num_adapters, top_k, temperature, absolute=absolute)
+    else:
+        options = {"absolute": absolute, "dtype": B.dtype}
+        s = route(products, column_adapter, num_adapters, top_k, temperature, **options)[0]
+        expand(y, s, B, y)
+
+
+def _mix_inplace(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
+) -> None:
+    if len(x) and len(column_adapter):
+        products = shrink(_dense_rows(x), A)
+        expand(y, mask(products, column_adapter, indices, weights, dtype=B.dtype)[0], B, y)
+
+
+gated_mix_op_ = torch.library.custom_op("meteora::gated_mix_", _gated_mix_inplace, mutates_args=("y",))
+mix_op_ = torch.library.custom_op("meteora::mix_", _mix_inplace, mutates_args=("y",))
+gated_mix_op_.register_fake(lambda *args: None)
+mix_op_.register_fake(lambda *args: None)
+
+
+def gated_mix_(
+    y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
+    temperature: float = 1.0, *, absolute: bool = False,
+) -> Tensor:  # fmt: skip
+    """Add the mixture into y (T, out) and return it; see :func:`gated_mix`, and :func:`pack` for ``packed`` (C, in)."""
+    # Outside of a compiler the operator's dispatcher is only a detour.
+    run = gated_mix_op_ if torch.compiler.is_compiling() else _gated_mix_inplace
+    run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute)
+    return y
+
+
+def mix_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
+) -> Tensor:
+    """Add the mixture of a given routing into y (T, out) and return it; see :func:`mix`."""
+    run = mix_op_ if torch.compiler.is_compiling() else _mix_inplace
+    run(y, x, A, B, column_adapter, indices, weights)
+    return y
+
+
+# Training: a new tensor, and gradients -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("meteora::gated_mix", mutates_args=())
+def gated_mix(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, packed: Tensor, column_adapter: Tensor, top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y plus the mixture that the gate chooses, differentiable in y, x, A, B and gate.
+
+    Args:
+        y: (T, out), the base layer's output.  x: (T, in).  A: (R, in).  B: (out, R), scaling folded in. One dtype.
+        gate: (N, in) float32.  packed: :func:`pack` of A and gate, which is what is computed with.
+        column_adapter: (R,), the adapter that owns each of the R.
+
+    Returns:
+        out (T, out), and for the backward pass: raw (T, R'), indices (T, k) int32, weights (T, k) float32.
+    """
+    T, R = len(x), len(column_adapter)
+    out = torch.empty_like(y)
+    if not T or not R:
+        out.copy_(y)
+        return out, y.new_empty(0, padded(R)), y.new_empty(0, top_k, dtype=torch.int32), y.new_empty(0, top_k).float()
+    products = shrink(_dense_rows(x), packed)
+    s, *kept = route(products, column_adapter, len(gate), top_k, temperature, dtype=B.dtype, keep=True)
+    return expand(y, s, B, out), *kept
+
+
+@gated_mix.register_fake
+def _(y, x, A, B, gate, packed, column_adapter, top_k, temperature):
+    T = len(x) if len(column_adapter) else 0
+    indices = y.new_empty(T, top_k, dtype=torch.int32)
+    return torch.empty_like(y), y.new_empty(T, padded(len(A))), indices, y.new_empty(T, top_k, dtype=torch.float32)
+
+
+@torch.library.custom_op("meteora::mix", mutates_args=())
+def mix(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y plus the mixture of a given routing, differentiable in y, x, A, B and weights; the rest as in `gated_mix`.
+
+    Args:
+        indices: (T, k).  weights: (T, k) float32.
+
+    Returns:
+        out (T, out), and for the backward pass raw (T, R').
+    """
+    out = torch.empty_like(y)
+    if not len(x) or not len(column_adapter):
+        out.copy_(y)
+        return out, y.new_empty(0, padded(len(column_adapter)))
+    s, raw = mask(shrink(_dense_rows(x), A), column_adapter, indices, weights, dtype=B.dtype, keep=True)
+    return expand(y, s, B, out), raw
+
+
+@mix.register_fake
+def _(y, x, A, B, column_adapter, indices, weights):
+    return torch.empty_like(y), y.new_empty(len(x) if len(column_adapter) else 0, padded(len(A)))
+
+
+@torch.library.custom_op("meteora::route_backward", mutates_args=())
+def route_backward_op(
+    ds: Tensor, raw: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor, num_adapters: int | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return route_backward(ds, raw, column_adapter, indices, weights, num_adapters, temperature)
+
+
+@route_backward_op.register_fake
+def _(ds, raw, column_adapter, indices, weights, num_adapters, temperature):
+    R = len(column_adapter)
+    width = R if num_adapters is None else padded(R + num_adapters)
+    return ds.new_empty(len(ds), width), torch.empty_like(weights if num_adapters is None else weights[:0])
+
+
+@torch.library.custom_op("meteora::mask", mutates_args=())
+def mask_op(raw: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """raw (T, R') weighted as the forward pass weighted it: its s, which is not kept."""
+    return mask(raw.unsqueeze(0), column_adapter, indices, weights, dtype=raw.dtype)[0]
+
+
+@mask_op.register_fake
+def _(raw, column_adapter, indices, weights):
+    return torch.empty_like(raw)
+
+
+def _setup_gated(ctx, inputs, output) -> None:
+    _, x, _, B, gate, packed, column_adapter, _, temperature = inputs
+    _, raw, indices, weights = output
+    ctx.mark_non_differentiable(raw, indices, weights)
+    ctx.save_for_backward(x, B, packed, column_adapter, raw, indices, weights)
+    ctx.num_adapters, ctx.temperature = len(gate), temperature
+
+
+def _backward_gated(ctx, dy, *_) -> tuple:
+    x, B, packed, column_adapter, raw, indices, weights = ctx.saved_tensors
+    needs_x, needs_A, needs_B, needs_gate = ctx.needs_input_grad[1:5]
+    R, N = len(column_adapter), ctx.num_adapters
+    if not len(raw):
+        zero = [torch.zeros_like(t) for t in (x, packed[:R], B, packed[:N].float())]
+        return dy, *zero, None, None, None, None
+    dx = dA = dB = dgate = None
+    if needs_x or needs_A or needs_gate:
+        t, _ = route_backward_op(dy @ B, raw, column_adapter, indices, weights, N, ctx.temperature)
+        dx = t @ packed[: t.shape[1]] if needs_x else None
+        dA = t[:, :R].t() @ x if needs_A else None
+        dgate = _mm_float32(t[:, R : R + N].t(), x) if needs_gate else None
+    if needs_B:
+        dB = dy.t() @ mask_op(raw, column_adapter, indices, weights)[:, :R]
+    return dy, dx, dA, dB, dgate, None, None, None, None
+
+
+def _setup_mix(ctx, inputs, output) -> None:
+    _, x, A, B, column_adapter, indices, weights = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, A, B, column_adapter, indices, weights, output[1])
+
+
+def _backward_mix(ctx, dy, *_) -> tuple:
+    x, A, B, column_adapter, indices, weights, raw = ctx.saved_tensors
+    needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
+    needs_weights = ctx.needs_input_grad[6]
+    if not len(raw):
+        return dy, *map(torch.zeros_like, (x, A, B)), None, None, torch.zeros_like(weights)
+    dx = dA = dB = dweights = None
+    if needs_x or needs_A or needs_weights:
+        t, dweights = route_backward_op(dy @ B, raw, column_adapter, indices, weights, None, 1.0)
+        dx = t @ A if needs_x else None
+        dA = t.t() @ x if needs_A else None
+    if needs_B:
+        dB = dy.t() @ mask_op(raw, column_adapter, indices, weights)[:, : B.shape[1]]
+    return dy, dx, dA, dB, None, None, dweights if needs_weights else None
+
+
+gated_mix.register_autograd(_backward_gated, setup_context=_setup_gated)
+mix.register_autograd(_backward_mix, setup_context=_setup_mix)

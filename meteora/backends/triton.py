@@ -1,0 +1,82 @@
+"""The Triton kernels: gate, top-k, shrink and expand in two or three launches, near the cost of a single LoRA.
+
+Wants a GPU; with ``TRITON_INTERPRET=1`` the same kernels run, slowly, on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from meteora.gating import Routing
+
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the kernels cannot run on ``cpu`` or ``cuda``, in a few words; ``None`` if they can."""
+    if not INSTALLED:
+        return "Triton is not installed"
+    if device_type == "cuda":
+        return None
+    import triton
+
+    return None if triton.knobs.runtime.interpret else "it needs a GPU"
+
+
+def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, routing: Routing) -> Tensor:
+    """Add the mixture into y (T, out); see :mod:`meteora.backends` for the arguments."""
+    from meteora.kernels import ops  # not before it is needed: Triton may be missing
+
+    _check_dtype(y)
+    operands = (y, x, A, B, column_adapter, routing.indices, routing.weights)
+    if _needs_gradient(y, x, A, B, routing.weights):
+        return ops.mix(*operands)[0]
+    return ops.mix_(*operands)
+
+
+def _check_dtype(y: Tensor) -> None:
+    if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"backend 'triton' computes in float32, float16 or bfloat16, not in {y.dtype}; use 'dense'.")
+    if y.dtype == torch.bfloat16 and not y.is_cuda:
+        raise ValueError("Triton's interpreter multiplies no bfloat16 matrices; use float32 or float16, or 'dense'.")
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def gated_mix(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor,
+    column_adapter: Tensor,
+    top_k: int,
+    temperature: float = 1.0,
+    *,
+    absolute: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Add the mixture that the gate (N, in) float32 chooses into y (T, out); the rest as in :mod:`meteora.backends`.
+
+    Where gradients are needed, a new tensor y + mixture is returned instead, and y stays as it is.
+
+    Args:
+        absolute: choose by the logits' absolute values; not where the gate's gradient is needed.
+        packed: ``meteora.kernels.ops.pack(A, gate)``, for callers that keep it; otherwise it is made in each call.
+    """
+    from meteora.kernels import ops
+
+    _check_dtype(y)
+    if packed is None:
+        packed = ops.pack(A.detach(), gate.detach())
+    if _needs_gradient(y, x, A, B, gate):
+        if absolute:
+            raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")
+        return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature)[0]
+    return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, absolute=absolute)

@@ -1,0 +1,318 @@
+"""The Triton kernels compute what their plain-torch references do: on a GPU if there is one, else interpreted."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meteora.backends import triton as backend
+from meteora.gating import Routing
+from meteora.kernels import decode, expand, ops, route, shrink
+from meteora.kernels.launch import gate_parts, padded
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter multiplies no bfloat16 matrices.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+NAMES = ("y", "x", "A", "B", "gate")
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory holds NaN, so whatever a kernel fails to write is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
+def problem(tokens, features, out, ranks, dtype=torch.float32, seed=0, shuffle=False):
+    """y, x, A, B, gate and column_adapter; ``ranks[n]`` is adapter n's rank, 0 for one without columns."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    owner = torch.cat([torch.full((rank,), n) for n, rank in enumerate(ranks)])
+    if shuffle:
+        owner = owner[torch.randperm(len(owner), generator=generator)]
+    R = len(owner)
+    A, B = normal(R, features) / features**0.5, normal(out, R) / max(R, 1) ** 0.5
+    gate = torch.randn(len(ranks), features, generator=generator).to(DEVICE)
+    return normal(tokens, out), normal(tokens, features), A, B, gate, owner.to(DEVICE)
+
+
+def routing_of(tokens, adapters, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.rand(tokens, adapters, generator=generator).argsort(1)[:, :k]
+    return indices.to(DEVICE), torch.softmax(torch.randn(tokens, k, generator=generator), -1).to(DEVICE)
+
+
+def close(actual, expected, dtype=torch.float32, slack=1.0):
+    """Equal up to ``dtype``'s rounding, relative to the whole tensor's norm."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert actual.shape == expected.shape and torch.isfinite(actual).all()
+    error = (actual - expected).norm() / expected.norm().clamp_min(1e-12)
+    assert error <= slack * TOLERANCE[dtype], f"relative error {error:.1e}"
+
+
+SHAPES = [
+    # tokens, features, out, ranks, k
+    (1, 48, 40, [8] * 4, 2),
+    (3, 17, 65, [1, 0, 128, 5], 2),
+    (16, 257, 33, [3, 7], 1),
+    (33, 64, 130, [8] * 28, 2),
+    (70, 130, 16, [2] * 5, 5),
+    (130, 64, 72, [16, 8, 4], 2),
+    (5, 40, 24, [1] * 256, 256),
+    (9, 32, 24, [64] * 9, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES)
+def test_gated_mix_is_the_reference(tokens, features, out, ranks, k, dtype):
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
+    expected = ops.gated_mix_ref(y.float(), x.float(), A.float(), B.float(), gate, owner, k, 1.5)
+    result = ops.gated_mix_(y, x, ops.pack(A, gate), B, owner, len(ranks), k, 1.5)
+    assert result.data_ptr() == y.data_ptr()
+    close(result, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES[1:6])
+def test_every_gradient_of_gated_mix(tokens, features, out, ranks, k, dtype):
+    *operands, owner = problem(tokens, features, out, ranks, dtype, shuffle=True)
+    leaves = [t.clone().requires_grad_() for t in operands]
+    exact = [t.clone().float().requires_grad_() for t in operands]
+    packed = ops.pack(operands[2], operands[4])
+    upstream = torch.randn(tokens, out, device=DEVICE)
+    result = ops.gated_mix(*leaves, packed, owner, k, 0.7)[0]
+    result.backward(upstream.to(dtype))
+    ops.gated_mix_ref(*exact, owner, k, 0.7).backward(upstream)
+    for name, leaf, reference in zip(NAMES, leaves, exact, strict=True):
+        if name == "gate" and k == 1:
+            assert torch.equal(leaf.grad, torch.zeros_like(leaf)), "one choice has the weight 1 whatever its logit"
+        else:
+            close(leaf.grad, reference.grad, dtype, slack=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES[1:6])
+def test_every_gradient_of_a_given_routing(tokens, features, out, ranks, k, dtype):
+    y, x, A, B, _, owner = problem(tokens, features, out, ranks, dtype)
+    indices, weights = routing_of(tokens, len(ranks), k)
+    leaves = [t.clone().requires_grad_() for t in (y, x, A, B, weights)]
+    exact = [t.clone().float().requires_grad_() for t in (y, x, A, B, weights)]
+    upstream = torch.randn(tokens, out, device=DEVICE)
+    backend.mix(*leaves[:4], owner, Routing(indices, leaves[4])).backward(upstream.to(dtype))
+    ops.mix_ref(*exact[:4], owner, indices, exact[4]).backward(upstream)
+    for name, leaf, reference in zip((*NAMES[:4], "weights"), leaves, exact, strict=True):
+        close(leaf.grad, reference.grad, dtype, slack=3)
+    with torch.no_grad():
+        expected = ops.mix_ref(*exact[:4], owner, indices, weights)
+        close(backend.mix(y.clone(), x, A, B, owner, Routing(indices, weights)), expected, dtype)
+
+
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.lists(st.integers(0, 20), min_size=1, max_size=12),
+    st.data(), st.floats(0.2, 20), st.booleans(), st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_any_shape(tokens, features, out, ranks, data, temperature, shuffle, absolute, seed):
+    k = data.draw(st.integers(1, len(ranks)))
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, seed=seed, shuffle=shuffle)
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, absolute=absolute)
+    result = ops.gated_mix_(
+        y, x, ops.pack(A, gate), B, owner, len(ranks), k, temperature, absolute=absolute
+    )
+    close(result, expected)
+
+
+@pytest.mark.parametrize("tokens, features, columns", [(1, 33, 20), (16, 512, 48), (17, 700, 40), (130, 96, 70)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shrink(tokens, features, columns, dtype):
+    x = torch.randn(tokens, features, device=DEVICE).to(dtype)
+    W = torch.randn(columns, features, device=DEVICE).to(dtype)
+    close(shrink.shrink(x, W).sum(0), shrink.shrink_ref(x, W)[0], dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_route_and_its_way_back(splits, parts):
+    dtype = torch.float32 if parts == 1 else torch.float16
+    assert gate_parts(dtype) == parts
+    ranks, k, tokens = [8, 0, 3, 5, 1], 3, 37
+    owner = torch.cat([torch.full((rank,), n) for n, rank in enumerate(ranks)]).to(DEVICE)
+    R, N = len(owner), len(ranks)
+    products = torch.randn(splits, tokens, padded(R + parts * N), device=DEVICE)
+    s, raw, indices, weights = route.route(products, owner, N, k, 0.5, dtype=dtype, keep=True)
+    wanted = route.route_ref(products, owner, N, k, 0.5, parts=parts)
+    assert torch.equal(indices.long(), wanted[2])
+    close(weights, wanted[3])
+    for actual, expected in ((s, wanted[0]), (raw, wanted[1])):
+        assert actual.shape == (tokens, padded(R))
+        close(actual[:, :R], expected, dtype)
+    close(route.mask(products, owner, indices, weights, dtype=dtype)[0][:, :R], wanted[0], dtype)
+
+    ds = torch.randn(tokens, R, device=DEVICE).to(dtype)
+    gradient, none = route.route_backward(ds, raw, owner, indices, weights, N, 0.5)
+    weighted, dlogits, dweights = route.route_backward_ref(ds, raw[:, :R], owner, indices, weights, N, 0.5)
+    assert gradient.shape == (tokens, padded(R + N)) and none.numel() == 0
+    close(gradient[:, :R], weighted, dtype)
+    close(gradient[:, R : R + N], dlogits, dtype)
+    assert not gradient[:, R + N :].any()
+    gradient, given_weights = route.route_backward(ds, raw, owner, indices, weights)
+    close(gradient, weighted, dtype)
+    close(given_weights, dweights)
+
+
+@pytest.mark.parametrize("tokens, out, R", [(1, 17, 5), (20, 70, 24), (70, 130, 250)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expand(tokens, out, R, dtype):
+    y, s = torch.randn(tokens, out, device=DEVICE).to(dtype), torch.randn(tokens, padded(R), device=DEVICE).to(dtype)
+    B = torch.randn(out, R, device=DEVICE).to(dtype)
+    close(expand.expand(y, s, B, torch.empty_like(y)), expand.expand_ref(y, s[:, :R], B), dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(splits, dtype):
+    ranks = [8, 3, 0, 8]
+    y, x, A, B, gate, owner = problem(3, 40, 50, ranks, dtype)
+    packed = ops.pack(A, gate)
+    products = torch.randn(splits, 3, len(packed), device=DEVICE)
+    expected = decode.decode_ref(y, products, B, owner, len(ranks), 2, 2.0)
+    close(decode.decode(y, products, B, owner, len(ranks), 2, 2.0), expected, dtype)
+
+
+def test_packed_gates_are_nearly_float32():
+    gate = torch.randn(5, 300, device=DEVICE)
+    for dtype, bits in ((torch.float32, 30), (torch.float16, 18), (torch.bfloat16, 15)):
+        A = torch.randn(3, 300, device=DEVICE).to(dtype)
+        packed, parts = ops.pack(A, gate), gate_parts(dtype)
+        assert packed.dtype == dtype and len(packed) % 16 == 0 and torch.equal(packed[:3], A)
+        kept = packed[3 : 3 + 5 * parts].double().unflatten(0, (parts, 5)).sum(0)
+        assert ((kept - gate).abs() <= gate.abs() * 2.0**-bits + 1e-7 * (dtype == torch.float16)).all()
+        assert not packed[3 + 5 * parts :].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_what_is_not_finite_stays_in_its_token(value, tokens):
+    y, x, A, B, gate, owner = problem(tokens, 24, 20, [2, 3, 1, 8])
+    packed = ops.pack(A, gate)
+    clean = ops.gated_mix_(y.clone(), x, packed, B, owner, 4, 2)
+    x[2] = value
+    result = ops.gated_mix_(y, x, packed, B, owner, 4, 2)
+    others = torch.arange(tokens, device=DEVICE) != 2
+    assert torch.equal(result[others], clean[others])
+    assert torch.isnan(result[2]).all()
+
+
+def test_an_adapter_that_overflows_is_not_felt_unless_chosen():
+    y, x, A, B, gate, owner = problem(6, 16, 20, [4, 4], torch.float16)
+    A[owner == 1] = 6e4
+    gate[0], gate[1] = x[0].float(), -x[0].float()
+    x[:] = x[0]
+    expected = ops.gated_mix_ref(y.float(), x.float(), A.float(), B.float(), gate, owner, 1)
+    close(ops.gated_mix_(y, x, ops.pack(A, gate), B, owner, 2, 1), expected, torch.float16)
+
+
+def test_no_tokens_and_no_columns():
+    for tokens, ranks in ((0, [2, 2]), (4, [0, 0])):
+        y, x, A, B, gate, owner = problem(tokens, 8, 6, ranks)
+        before, packed = y.clone(), ops.pack(A, gate)
+        leaves = [t.clone().requires_grad_() for t in (y, x, A, B, gate)]
+        assert torch.equal(ops.gated_mix_(y, x, packed, B, owner, 2, 1), before)
+        result = ops.gated_mix(*leaves, packed, owner, 1, 1.0)[0]
+        assert torch.equal(result, before)
+        result.sum().backward()
+        assert not any(leaf.grad.any() for leaf in leaves[1:])
+        indices, weights = routing_of(tokens, 2, 1)
+        leaves = [t.detach().clone().requires_grad_() for t in (y, x, A, B, weights)]
+        result = ops.mix(*leaves[:4], owner, indices, leaves[4])[0]
+        result.sum().backward()
+        assert torch.equal(result, before) and not any(leaf.grad.any() for leaf in leaves[1:])
+
+
+@pytest.mark.parametrize("tokens", [2, 30, 130])
+def test_strided_inputs(tokens):
+    y, x, A, B, gate, owner = problem(tokens, 48, 40, [4, 8])
+    packed = ops.pack(A, gate)
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, 2)
+    wide = torch.zeros(tokens, 100, device=DEVICE)
+    wide[:, 3:51] = x
+    for strided in (wide[:, 3:51], x.t().contiguous().t()):
+        assert not strided.is_contiguous() or tokens == 1
+        close(ops.gated_mix_(y.clone(), strided, packed, B, owner, 2, 2), expected)
+
+
+def test_the_same_twice():
+    y, x, A, B, gate, owner = problem(40, 600, 40, [8] * 20)
+    packed = ops.pack(A, gate)
+    first = ops.gated_mix_(y.clone(), x, packed, B, owner, 20, 2)
+    assert torch.equal(first, ops.gated_mix_(y.clone(), x, packed, B, owner, 20, 2))
+
+
+def test_opcheck():
+    y, x, A, B, gate, owner = problem(8, 16, 16, [4, 4, 4])
+    packed = ops.pack(A, gate)
+    indices, weights = routing_of(8, 3, 2)
+    operators = torch.ops.meteora
+    torch.library.opcheck(operators.gated_mix_, (y, x, packed, B, owner, 3, 2, 1.0, False))
+    torch.library.opcheck(operators.mix_, (y, x, A, B, owner, indices, weights))
+    leaves = [t.requires_grad_() for t in (y, x, A, B, gate)]
+    torch.library.opcheck(operators.gated_mix, (*leaves, packed, owner, 2, 1.0))
+    torch.library.opcheck(operators.mix, (*leaves[:4], owner, indices, weights.requires_grad_()))
+
+
+def test_compiled_into_one_graph():
+    y, x, A, B, gate, owner = problem(8, 16, 16, [4, 4, 4])
+    packed = ops.pack(A, gate)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def inference(y, x):
+        return ops.gated_mix_(y * 2, x, packed, B, owner, 3, 2) + 1
+
+    close(inference(y, x), ops.gated_mix_ref(y * 2, x, A, B, gate, owner, 2) + 1)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def training(y, x, gate):
+        return backend.gated_mix(y, x, A, B, gate, owner, 2).sin().sum()
+
+    gradients = []
+    for loss in (training, lambda y, x, gate: ops.gated_mix_ref(y, x, A, B, gate, owner, 2).sin().sum()):
+        leaves = [t.clone().requires_grad_() for t in (y, x, gate)]
+        gradients.append(torch.autograd.grad(loss(*leaves), leaves))
+    for actual, expected in zip(*gradients, strict=True):
+        close(actual, expected)
+
+
+@needs_gpu
+def test_captured_in_a_graph():
+    y, x, A, B, gate, owner = problem(300, 512, 256, [8] * 28, torch.bfloat16)
+    packed = ops.pack(A, gate)
+    ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2)
+    out, graph = y.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.gated_mix_(out, x, packed, B, owner, 28, 2)
+    x.copy_(torch.randn_like(x))
+    out.copy_(y)
+    graph.replay()
+    assert torch.equal(out, ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2))
+
+
+@needs_gpu
+def test_offsets_beyond_32_bits():
+    tokens, out = 2**18 + 3, 2**13
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GB on the GPU")
+    y, x, A, B, gate, owner = problem(8, 64, out, [8, 8], torch.bfloat16)
+    x, y = x.repeat(tokens // 8 + 1, 1)[:tokens], torch.zeros(tokens, out, device=DEVICE, dtype=torch.bfloat16)
+    ops.gated_mix_(y, x, ops.pack(A, gate), B, owner, 2, 2)
+    assert torch.equal(y[-3:], y[(tokens - 3) % 8 :][:3]) and y[-3:].any()  # the rows of x repeat
