@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from meteora.kernels.expand import expand_ref
-from meteora.kernels.launch import block, gate_parts, overlap_options, overlaps
+from meteora.kernels.launch import block, overlap_options, overlaps
+from meteora.kernels.packing import gate_parts
 from meteora.kernels.route import largest, route_ref, sort_keys
 
 MOST_COLUMNS = 256  # R, of which a program holds its rows of B in registers

@@ -1,4 +1,4 @@
-"""How the kernels are started: what the GPU can do, and sizes that tensors are padded to."""
+"""How the kernels are started: the sizes of their blocks, and what the GPU can do."""
 
 from __future__ import annotations
 
@@ -7,19 +7,6 @@ import functools
 import torch
 import triton
 from torch import Tensor
-
-# torch.mm with a float32 result, and 16-byte loads, need rows that are multiples of this.
-ALIGNMENT = 16
-
-
-def padded(columns: int) -> int:
-    """The next multiple of :data:`ALIGNMENT`."""
-    return -(-columns // ALIGNMENT) * ALIGNMENT
-
-
-def gate_parts(dtype: torch.dtype) -> int:
-    """Into how many numbers of ``dtype`` a float32 gate weight is split, so that logits keep about 16 bits or more."""
-    return 1 if dtype == torch.float32 else 2
 
 
 def block(size: int, most: int, least: int = 16) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meteora.kernels import decode
 from meteora.kernels.expand import expand, expand_ref
-from meteora.kernels.launch import gate_parts, padded
+from meteora.kernels.packing import padded
 from meteora.kernels.route import mask, mask_ref, route, route_backward
 from meteora.kernels.shrink import shrink
 
@@ -31,20 +31,6 @@ def mix_ref(
 ) -> Tensor:
     """What :func:`mix` computes, in plain torch and float32 until the end."""
     return expand_ref(y, mask_ref(x.float() @ A.float().t(), column_adapter, indices, weights), B)
-
-
-def pack(A: Tensor, gate: Tensor) -> Tensor:
-    """All that is multiplied with x, in one matrix (C, in) of A's dtype: A (R, in), the gate (N, in), zeros.
-
-    A 16-bit dtype would round the float32 gate to 8 or 11 bits and flip close decisions, so it comes in two parts, the
-    rounded weights and what rounding took away. C is a multiple of 16.
-    """
-    rounded = gate.to(A.dtype)
-    rows = [A, rounded]
-    if gate_parts(A.dtype) == 2:
-        rows.append((gate.float() - rounded.float()).to(A.dtype))
-    count = sum(map(len, rows))
-    return torch.cat([*rows, A.new_zeros(padded(count) - count, A.shape[1])])
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -95,7 +81,7 @@ def gated_mix_(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
     temperature: float = 1.0, *, absolute: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Add the mixture into y (T, out) and return it; see :func:`gated_mix`, and :func:`pack` for ``packed`` (C, in)."""
+    """Add the mixture into y (T, out) and return it; see :func:`gated_mix`."""
     # Outside of a compiler the operator's dispatcher is only a detour.
     run = gated_mix_op_ if torch.compiler.is_compiling() else _gated_mix_inplace
     run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute)
@@ -123,7 +109,7 @@ def gated_mix(
 
     Args:
         y: (T, out), the base layer's output.  x: (T, in).  A: (R, in).  B: (out, R), scaling folded in. One dtype.
-        gate: (N, in) float32.  packed: :func:`pack` of A and gate, which is what is computed with.
+        gate: (N, in) float32.  packed: (C, in), :func:`meteora.kernels.packing.pack` of A and gate, which is what is computed with.
         column_adapter: (R,), the adapter that owns each of the R.
 
     Returns:

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, gate_parts, overlap_options, overlaps, padded
+from meteora.kernels.launch import block, overlap_options, overlaps
+from meteora.kernels.packing import gate_parts, padded
 
 
 def route_ref(

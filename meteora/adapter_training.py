@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meteora.adapters import PEFT_PREFIX, WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory
+from meteora.adapters import WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory, peft_tensors
 from meteora.batches import Batch, Sample, by_task, encode, micro_batches
+from meteora.checkpoint import public_name
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
 from meteora.model import MeteoraModel
@@ -133,7 +134,7 @@ class _AdapterTrainer:
         tasks = torch.tensor(batch.tasks, device=self.run.device)
         tokens = torch.tensor([float(responses[task]) for task in batch.tasks], device=self.run.device)
         with self.model.route_to([self.names[task] for task in batch.tasks]):
-            parts = response_losses(self.model, batch) / tokens
+            parts = response_losses(self.model, batch) * (batch.weight / tokens)
         if backward:
             parts.sum().backward()
         return torch.zeros(len(self.names), device=self.run.device).index_add(0, tasks, parts.detach())
@@ -241,12 +242,7 @@ def _fresh_adapters(base_model: nn.Module, names: list[str], config: AdapterTrai
 
 
 def _write_adapter(directory: Path, name: str, weights: dict, base_model: nn.Module, config, facts: dict) -> None:
-    dtype = getattr(torch, config.dtype)
-    tensors = {}
-    for module, pair in weights.items():
-        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = pair.A.to("cpu", dtype).contiguous()
-        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = pair.B.to("cpu", dtype).contiguous()
-    base_name = _public_name(base_model)
+    base_name = public_name(base_model)
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -258,14 +254,9 @@ def _write_adapter(directory: Path, name: str, weights: dict, base_model: nn.Mod
     )
     with atomic_directory(directory) as new:
         lora.save_pretrained(str(new))
+        tensors = peft_tensors(weights, getattr(torch, config.dtype))
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         (new / "README.md").write_text(_card(name, base_name, config, facts), encoding="utf-8")
-
-
-def _public_name(base_model: nn.Module) -> str:
-    """The base model's hub id, or the last part of its path: a path on this machine means nothing on another."""
-    name = getattr(base_model.config, "_name_or_path", "") or type(base_model).__name__
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def _card(name: str, base_name: str, config: AdapterTrainingConfig, facts: dict) -> str:

@@ -60,7 +60,10 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its name, where it lies, the sha256 of its weights, and ``modules``: dotted name -> weights."""
+    """One adapter: its name, where it lies, the sha256 of its weights, and ``modules``: dotted name -> weights.
+
+    ``in_memory``: its weights are in ``modules`` alone, and what lies in ``directory`` is an earlier version of them.
+    """
 
     name: str
     source: str
@@ -68,6 +71,7 @@ class Adapter:
     sha256: str
     base_model: str | None
     modules: dict[str, LoraWeights]
+    in_memory: bool = False
 
 
 def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, str]:
@@ -121,6 +125,15 @@ def load_adapter(name: str, source: str | Path) -> Adapter:
         base_model=config.get("base_model_name_or_path") or None,
         modules=_read_modules(name, config, tensors),
     )
+
+
+def peft_tensors(modules: Mapping[str, LoraWeights], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of PEFT's weights file for ``modules``, on the CPU and, if given, of ``dtype``."""
+    tensors = {}
+    for module, pair in modules.items():
+        for half, tensor in (("lora_A", pair.A), ("lora_B", pair.B)):
+            tensors[f"{PEFT_PREFIX}{module}.{half}.weight"] = tensor.to("cpu", dtype).contiguous()
+    return tensors
 
 
 def file_sha256(path: Path) -> str:

@@ -37,7 +37,7 @@ class Batch:
 
     ``labels`` is -100 at prompts and padding, ``token_tasks`` the task of every token (0 at padding). Padding is told
     from text by length, never by the pad id: in many tokenizers pad and end-of-text are one id, and the end must be
-    learned.
+    learned. ``weight`` is 0 for a batch that counts for nothing, and only keeps a process in step with the others.
     """
 
     input_ids: Tensor
@@ -45,6 +45,7 @@ class Batch:
     labels: Tensor
     token_tasks: Tensor
     tasks: list[int]
+    weight: float = 1.0
 
 
 def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_length: int) -> list[Sample]:
@@ -122,18 +123,22 @@ def _shuffled_forever(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
-    """Cut samples, sorted by length, into batches of at most ``max_tokens`` padded tokens (or one sample)."""
-    group: list[Sample] = []
+    """Batches of at most ``max_tokens`` padded tokens (or one sample)."""
+    return (collate(group, pad_id, device) for group in by_length(samples, max_tokens))
+
+
+def by_length(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Cut samples, sorted by length, into groups of at most ``max_tokens`` padded tokens (or one sample)."""
+    groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: len(s.ids)):
-        if group and len(sample.ids) * (len(group) + 1) > max_tokens:
-            yield collate(group, pad_id, device)
-            group = []
-        group.append(sample)
-    if group:
-        yield collate(group, pad_id, device)
+        if groups and len(sample.ids) * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return groups
 
 
-def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device, weight: float = 1.0) -> Batch:
     """Pad on the right: with padding on the left, fully masked attention rows give NaN in training."""
     shape = (len(samples), max(len(s.ids) for s in samples))
     input_ids = torch.full(shape, pad_id)
@@ -147,4 +152,4 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Bat
         labels[row, :end] = input_ids[row, :end].where(torch.tensor(sample.is_response), IGNORE)
         token_tasks[row, :end] = torch.tensor(sample.tasks)
     tensors = (tensor.to(device) for tensor in (input_ids, attention_mask, labels, token_tasks))
-    return Batch(*tensors, [sample.task for sample in samples])
+    return Batch(*tensors, [sample.task for sample in samples], weight)

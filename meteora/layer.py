@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meteora.adapters import LoraWeights
 from meteora.backends import get_gated_mix, get_mix
 from meteora.gating import Routing, forced, gate_logits, route
+from meteora.kernels.packing import pack
 from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,8 @@ class MeteoraLinear(nn.Module):
         state, device = self.state, y.device.type
         if not state.enabled:
             return y
+        if torch.is_grad_enabled() and type(self.base_layer) is not nn.Linear and y._is_view():
+            y = y.clone()  # the mixture is added in place, which autograd forbids in a view of bitsandbytes' making
         tokens, flat = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         gated_mix = get_gated_mix(state.backend, device) if self._gate_can_be_fused(x, y) else None
@@ -188,8 +191,6 @@ class MeteoraLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._packed
         if self._packed is None or self._packed_from != self._state_of(weights, A.dtype):
-            from meteora.kernels.ops import pack
-
             with torch.no_grad():
                 self._packed = pack(A, self.gate.weight)
                 if A.dtype == self.lora_A.dtype:

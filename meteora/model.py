@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, list_adapters, load_adapter
+from meteora.adapters import Adapter, AdapterError, list_adapters, load_adapter
+from meteora.arrow import set_prototypes
+from meteora.authors import read_authors_checkpoint
 from meteora.backends import get_mix
+from meteora.checkpoint import (
+    check_free_for_checkpoint,
+    find_checkpoint,
+    read_adapters,
+    read_gates,
+    read_settings,
+    upload,
+    write_checkpoint,
+)
 from meteora.config import MeteoraConfig, check_temperature, check_top_k
 from meteora.files import atomic_directory
 from meteora.layer import ForcedAdapters, MeteoraLinear, MixtureState
@@ -25,9 +33,6 @@ from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "meteora_config.json"
-GATES_FILE = "gates.safetensors"
-FORMAT = 1
 _REFUSE_MERGE = (
     "a mixture of LoRAs cannot be merged into the base weights: which adapters a layer adds depends on its input, so "
     "there is no one weight that equals them all."
@@ -55,6 +60,7 @@ class MeteoraModel(nn.Module):
             top_k=min(2, len(adapters)) if config.top_k is None else check_top_k(config.top_k, len(adapters)),
             temperature=config.temperature,
             backend=config.backend,
+            absolute_logits=config.absolute_logits,
             warning=f"the gates were never trained, so the choice among {names} is arbitrary; call train_gates.",
         )
         get_mix(config.backend)
@@ -66,6 +72,7 @@ class MeteoraModel(nn.Module):
         self.layers: dict[str, MeteoraLinear] = {}
         for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
             self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
+        self._adapters = [_without_weights(adapter) for adapter in adapters]
         self.train(self._was_training)
 
     @classmethod
@@ -74,6 +81,8 @@ class MeteoraModel(nn.Module):
         base_model: nn.Module | str | Path,
         adapters: Mapping[str, str | Path] | str | Path,
         config: MeteoraConfig | None = None,
+        *,
+        gates: str | None = None,
     ) -> MeteoraModel:
         """Put PEFT LoRA adapters into a base model.
 
@@ -81,40 +90,70 @@ class MeteoraModel(nn.Module):
             base_model: a decoder from transformers (changed in place), or the path or hub id of one.
             adapters: name -> directory or hub id, or one folder that holds PEFT directories. Ranks, alphas and target
                 modules may differ.
+            gates: ``None`` for gates to be trained, which start at zero; ``"arrow"`` for gates without training, made
+                of the adapters themselves (:mod:`meteora.arrow`). ``train_gates`` starts such gates anew.
 
         Raises:
             AdapterError: for an adapter that is missing, unsupported, or does not fit the base model.
-            ValueError: for top_k > N.
+            ValueError: for top_k > N, or other gates.
         """
+        if gates not in (None, "arrow"):
+            raise ValueError(f"unknown gates {gates!r}; choose 'arrow', or None for gates to be trained.")
+        config = config or MeteoraConfig()
         loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
-        return cls(_load_base(base_model), loaded, config or MeteoraConfig())
+        if gates == "arrow":
+            config = replace(config, absolute_logits=True)
+        model = cls(_load_base(base_model), loaded, config)
+        if gates == "arrow":
+            set_prototypes(model.layers.values())
+            model.state.warning = None
+        return model
 
     @classmethod
-    def from_pretrained(cls, base_model: nn.Module | str | Path, directory: str | Path) -> MeteoraModel:
+    def from_pretrained(cls, base_model: nn.Module | str | Path, checkpoint: str | Path) -> MeteoraModel:
         """Load what :meth:`save_pretrained` wrote, on top of the same base model.
+
+        Args:
+            checkpoint: the directory, or the hub id of one that :meth:`push_to_hub` uploaded.
 
         Raises:
             AdapterError: if the checkpoint is missing or incomplete, or its adapters are not those it was saved with.
         """
-        directory = Path(directory)
-        saved = _read_checkpoint(directory)
-        adapters = []
-        for entry in saved["adapters"]:
-            source = directory / entry["directory"] if "directory" in entry else entry["source"]
-            adapter = load_adapter(entry["name"], source)
-            if adapter.sha256 != entry["sha256"]:
-                raise AdapterError(
-                    f"adapter {entry['name']!r} at {source} is not the one the gates in {directory} were trained with: "
-                    f"its sha256 is {adapter.sha256}, the checkpoint says {entry['sha256']}."
-                )
-            adapters.append(adapter)
+        directory = find_checkpoint(checkpoint)
+        saved = read_settings(directory)
+        adapters = read_adapters(directory, saved)
+        gates = read_gates(directory)
         model = cls(_load_base(base_model), adapters, MeteoraConfig(**saved["config"]))
-        model._load_gates(directory / GATES_FILE)
+        model._set_gates(gates, directory)
         model.state.warning = saved["warning"]
         return model
 
+    @classmethod
+    def from_authors_checkpoint(
+        cls,
+        base_model: nn.Module | str | Path,
+        adapters: Mapping[str, str | Path] | str | Path,
+        file: str | Path,
+        config: MeteoraConfig | None = None,
+    ) -> MeteoraModel:
+        """Load the gates and LoRA weights that the paper's authors published; see :mod:`meteora.authors`.
+
+        Args:
+            adapters: the adapters their model was made of, as for :meth:`from_adapters`, in the checkpoint's order.
+            file: their state dict, safetensors or ``torch.save``; it is never unpickled beyond tensors.
+
+        Raises:
+            AdapterError: if the file cannot be read, or is of other adapters, or of these in another order.
+        """
+        loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
+        changed, gates = read_authors_checkpoint(file, loaded)
+        model = cls(_load_base(base_model), changed, config or MeteoraConfig())
+        model._set_gates(gates, file)
+        model.state.warning = None
+        return model
+
     def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = True) -> None:
-        """Write gates (safetensors), settings, the order of the adapters and the adapters themselves.
+        """Write gates (safetensors), settings, the adapters in their order, and a model card (README.md).
 
         With ``copy_adapters=False`` the adapters are only referred to, by where they lie and their sha256. The
         directory appears complete or not at all; an earlier checkpoint there is replaced.
@@ -130,59 +169,53 @@ class MeteoraModel(nn.Module):
             raise AdapterError(
                 f"adapter {inside[0]!r} lies in {directory}, which would be replaced; leave out copy_adapters=False."
             )
+        unsaved = [adapter.name for adapter in self._adapters if adapter.in_memory]
+        if unsaved and not copy_adapters:
+            raise AdapterError(f"adapter {unsaved[0]!r} lies in no directory yet; leave out copy_adapters=False.")
         with atomic_directory(directory) as parts:
-            self._write_checkpoint(parts, copy_adapters)
+            write_checkpoint(self, parts, copy_adapters=copy_adapters)
 
-    def _write_checkpoint(self, directory: Path, copy_adapters: bool) -> None:
-        entries = []
-        for n, adapter in enumerate(self._adapters):
-            entry = {"name": adapter.name, "sha256": adapter.sha256}
-            if copy_adapters:
-                # Numbered, because a name may hold what a file name may not.
-                entry["directory"] = f"adapters/{n:03d}"
-                (directory / entry["directory"]).mkdir(parents=True)
-                for file in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copyfile(adapter.directory / file, directory / entry["directory"] / file)
-                if file_sha256(directory / entry["directory"] / WEIGHTS_FILE) != adapter.sha256:
-                    raise AdapterError(
-                        f"adapter {adapter.name!r}: {adapter.directory / WEIGHTS_FILE} changed since it was loaded; "
-                        "load the model again."
-                    )
-            else:
-                local = Path(adapter.source).expanduser()
-                entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
-            entries.append(entry)
-        config = MeteoraConfig(self.top_k, self.state.temperature, self.state.backend)
-        saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "warning": self.state.warning}
-        gates = {name: layer.gate.weight.detach().contiguous() for name, layer in self.layers.items()}
-        save_file(gates, directory / GATES_FILE)
-        (directory / MODEL_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a MeteoRA checkpoint",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to the hub's repository ``repo_id``; return the commit's address.
+
+        Raises:
+            AdapterError: if the hub does not take it.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "checkpoint")
+            return upload(
+                Path(folder) / "checkpoint", repo_id, private=private, token=token, commit_message=commit_message
+            )
 
     @torch.no_grad()
-    def _load_gates(self, path: Path) -> None:
-        try:
-            gates = load_file(path)
-        except SafetensorError as error:
-            raise AdapterError(f"{path} is corrupt ({error}); copy the checkpoint again.") from error
+    def _set_gates(self, gates: Mapping[str, torch.Tensor], source: str | Path) -> None:
         if set(gates) != set(self.layers):
             odd = sorted(set(gates) ^ set(self.layers))[0]
-            raise AdapterError(f"{path} does not match the adapters: a gate for {odd!r} is on one side only.")
+            raise AdapterError(f"{source} does not match the adapters: a gate for {odd!r} is on one side only.")
         for name, layer in self.layers.items():
             if gates[name].shape != layer.gate.weight.shape:
                 raise AdapterError(
-                    f"{path}: the gate of {name!r} has shape {tuple(gates[name].shape)}; "
+                    f"{source}: the gate of {name!r} has shape {tuple(gates[name].shape)}; "
                     f"expected {tuple(layer.gate.weight.shape)}."
                 )
             if not torch.isfinite(gates[name]).all():
                 raise AdapterError(
-                    f"{path}: the gate of {name!r} holds NaN or infinite weights; train the gates again."
+                    f"{source}: the gate of {name!r} holds NaN or infinite weights; train the gates again."
                 )
-            layer.gate.weight = nn.Parameter(gates[name].to(layer.gate.weight.device))
+            layer.gate.weight.copy_(gates[name])
 
     def add_adapter(self, name: str, source: str | Path) -> None:
         """Add one adapter behind the others; their choices among themselves stay as they are.
 
-        Its gate rows are zero until trained: ``train_gates`` on data that includes its task.
+        Its gate rows are zero until trained: ``train_gates`` on data that includes its task. Where the gates are
+        Arrow's, its rows are too, and nothing is left to train.
         """
         if name in self.adapter_names:
             raise AdapterError(f"there is an adapter {name!r} already; choose another name.")
@@ -194,6 +227,10 @@ class MeteoraModel(nn.Module):
             layer.add_adapter(adapter.modules.get(module))
         for module in _in_model_order(self.base_model, set(adapter.modules) - set(self.layers)):
             self._wrap(module, {index: adapter.modules[module]})
+        self._adapters[index] = _without_weights(adapter)
+        if self.state.absolute_logits:
+            set_prototypes(self.layers.values())
+            return
         self.state.warning = f"the gates were never trained for {name!r}; call train_gates on data that includes it."
         self.state.warned = False
 
@@ -203,7 +240,9 @@ class MeteoraModel(nn.Module):
         dtype = linear.weight.dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             dtype = self.base_model.dtype
-        layer = MeteoraLinear(linear, len(self._adapters), weights, self.state, dtype=dtype, name=module)
+        layer = MeteoraLinear(
+            linear, len(self._adapters), weights, self.state, dtype=dtype, device=_device_of(linear), name=module
+        )
         parent, _, child = module.rpartition(".")
         setattr(self.base_model.get_submodule(parent), child, layer)
         layer.train(linear.training)
@@ -338,6 +377,22 @@ def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto")
 
 
+def _without_weights(adapter: Adapter) -> Adapter:
+    """The layers hold the weights, and a second copy is kept only of those that no file holds."""
+    return adapter if adapter.in_memory else replace(adapter, modules={})
+
+
+def _device_of(linear: nn.Linear) -> torch.device:
+    """Where a layer computes: where its weight lies or, if accelerate offloads it, where it is brought for that."""
+    if linear.weight.device.type != "meta":
+        return linear.weight.device
+    hook = getattr(linear, "_hf_hook", None)
+    devices = [h.execution_device for h in getattr(hook, "hooks", [hook]) if hasattr(h, "execution_device")]
+    if not devices:
+        raise AdapterError("the base model has no weights (it lies on the meta device); load it with its weights.")
+    return torch.device(devices[0])
+
+
 def _check_untouched(base_model: nn.Module) -> None:
     for name, module in base_model.named_modules():
         if isinstance(module, MeteoraLinear):
@@ -354,6 +409,11 @@ def _check_fit(base_model: nn.Module, adapter: Adapter) -> None:
         module = known.get(name)
         if isinstance(module, MeteoraLinear):
             module = module.base_layer
+        if module is None and ".experts." in name:
+            raise AdapterError(
+                f"adapter {adapter.name!r} adapts {name!r}, an expert, which the base model holds in one tensor with "
+                "the others; only nn.Linear can be mixed."
+            )
         if module is None:
             raise AdapterError(
                 f"adapter {adapter.name!r} has weights for {name!r}, which the base model does not have; "
@@ -375,26 +435,3 @@ def _check_fit(base_model: nn.Module, adapter: Adapter) -> None:
             "adapter %r says it was trained for %r, the base model is %r; the shapes fit, so it is used.",
             adapter.name, adapter.base_model, base_name,
         )  # fmt: skip
-
-
-def _read_checkpoint(directory: Path) -> dict:
-    for file in (MODEL_FILE, GATES_FILE):
-        if not (directory / file).is_file():
-            raise AdapterError(f"{directory} has no {file}; it is not a directory that save_pretrained wrote.")
-    try:
-        saved = json.loads((directory / MODEL_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{directory / MODEL_FILE} is not valid JSON ({error}).") from error
-    version = saved.get("format") if isinstance(saved, dict) else None
-    if version != FORMAT:
-        raise AdapterError(f"{directory} has format {version!r}; this version reads format {FORMAT}.")
-    return saved
-
-
-def check_free_for_checkpoint(directory: str | Path) -> None:
-    """Raise ``FileExistsError`` if ``directory`` holds something that a checkpoint must not take the place of."""
-    directory = Path(directory)
-    if directory.is_dir() and ((directory / MODEL_FILE).is_file() or not any(directory.iterdir())):
-        return
-    if directory.exists():
-        raise FileExistsError(f"{directory} holds something else than a checkpoint; choose a new directory.")

@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteora.batches import Batch, Sample, by_task, encode
+from meteora.checkpoint import check_free_for_checkpoint
 from meteora.config import GateTrainingConfig
 from meteora.gating import gate_cross_entropy
 from meteora.layer import MeteoraLinear
-from meteora.model import MeteoraModel, check_free_for_checkpoint
+from meteora.model import MeteoraModel
+from meteora.sharding import is_sharded
 from meteora.training_loop import TrainingRun, response_losses
 
 
@@ -51,6 +53,7 @@ def train_gates(
     if output_dir is not None:
         check_free_for_checkpoint(output_dir)
     samples = encode(dataset, {n: i for i, n in enumerate(model.adapter_names)}, tokenizer, config.max_length)
+    _forget_prototypes(model)
     run = TrainingRun(model, by_task(samples), config, tokenizer, output_dir)
     gates = [layer.gate.weight for layer in model.layers.values()]
     optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -77,6 +80,15 @@ def train_gates(
         run.forget_checkpoint()
     run.accelerator.wait_for_everyone()  # so that every process finds what the main one wrote
     return history
+
+
+@torch.no_grad()
+def _forget_prototypes(model: MeteoraModel) -> None:
+    """Rows whose sign means nothing (:mod:`meteora.arrow`) are no beginning for a linear gate; it starts at zero."""
+    if model.state.absolute_logits:
+        model.state.absolute_logits = False
+        for layer in model.layers.values():
+            layer.gate.weight.zero_()
 
 
 class _GateLoss:
@@ -112,10 +124,11 @@ class _GateLoss:
 def _forward_local(
     model: MeteoraModel, batch: Batch, config: GateTrainingConfig, decisions: int, responses: int
 ) -> Tensor:
-    loss = _GateLoss(batch, scale=1 / decisions)
+    share = batch.weight / decisions
+    loss = _GateLoss(batch, scale=share)
     with torch.no_grad(), _observed(model, loss):
         _backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct]) / decisions
+    return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct]) * share
 
 
 def _forward_joint(
@@ -123,18 +136,22 @@ def _forward_joint(
 ) -> Tensor:
     loss = _GateLoss(batch, scale=None)
     with _observed(model, loss):
-        lm_loss = response_losses(model, batch).sum() / responses
-        gate_loss = loss.loss / decisions
+        lm_loss = response_losses(model, batch).sum() * (batch.weight / responses)
+        gate_loss = loss.loss * (batch.weight / decisions)
         loss.closed = True
         (lm_loss + config.beta * gate_loss).backward()
-    return torch.stack([lm_loss.detach(), gate_loss.detach(), loss.correct / decisions])
+    return torch.stack([lm_loss.detach(), gate_loss.detach(), loss.correct * (batch.weight / decisions)])
 
 
 def _backbone(model: MeteoraModel) -> nn.Module:
-    """The decoder without its language-model head, where no adapted layer is lost by leaving that out."""
+    """The decoder without its language-model head, where no adapted layer is lost by leaving that out.
+
+    A sharded model is called as a whole, since it gathers the weights outside its layers when it is called.
+    """
     backbone = model.base_model.base_model
     inside = set(backbone.modules())
-    return backbone if all(layer in inside for layer in model.layers.values()) else model.base_model
+    complete = all(layer in inside for layer in model.layers.values())
+    return backbone if complete and not is_sharded(model.base_model) else model.base_model
 
 
 @contextmanager

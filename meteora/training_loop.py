@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from meteora.batches import IGNORE, Batch, Sample, balanced_steps, micro_batches
+from meteora.batches import IGNORE, Batch, Sample, balanced_steps, by_length, collate
 from meteora.config import TrainingConfig
 from meteora.model import MeteoraModel
+from meteora.sharding import shard_base_model, wants_sharding
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -29,8 +30,9 @@ Step = Callable[[Iterable[Batch], Sequence[Sample]], dict]
 class TrainingRun:
     """One training of some parameters of ``model``, on one or several processes (``accelerate launch``).
 
-    The model is moved to accelerate's device, unless it was spread over devices already. Each process takes its share
-    of every step's samples, and the gradients are summed: the loss curve does not depend on the number of processes.
+    The model is moved to accelerate's device, or sharded under an FSDP configuration, unless it was spread over devices
+    already. Each process takes its share of every step's samples, and the gradients are summed: the loss curve does not
+    depend on the number of processes.
 
     Args:
         groups: task -> its samples.
@@ -50,8 +52,6 @@ class TrainingRun:
     ) -> None:
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
-        if not getattr(model.base_model, "hf_device_map", None):
-            model.to(self.device)
         self.config = config
         self.groups = groups
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -63,6 +63,11 @@ class TrainingRun:
             output_dir.parent.mkdir(parents=True, exist_ok=True)
             self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished.pt")
         self._identity = _identity(config, [groups, held_out or {}], model)
+        self._sharded = wants_sharding(self.accelerator)
+        if self._sharded:
+            shard_base_model(model, self.accelerator)
+        elif not getattr(model.base_model, "hf_device_map", None):
+            model.to(self.device)
 
     def loop(
         self,
@@ -88,7 +93,7 @@ class TrainingRun:
         for number, samples in enumerate(bar, start=1):
             if number <= first:
                 continue
-            row = step(micro_batches(self._share(samples), config.tokens_per_batch, self.pad_id, self.device), samples)
+            row = step(self._batches(samples), samples)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -114,9 +119,17 @@ class TrainingRun:
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
 
-    def _share(self, samples: Sequence[Sample]) -> list[Sample]:
-        by_length = sorted(samples, key=lambda sample: len(sample.ids))
-        return by_length[self.accelerator.process_index :: self.accelerator.num_processes]
+    def _batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
+        """This process's batches of a step: its share of the samples, every n-th of them by length."""
+        ordered = sorted(samples, key=lambda sample: len(sample.ids))
+        count = self.accelerator.num_processes
+        shares = [by_length(ordered[process::count], self.config.tokens_per_batch) for process in range(count)]
+        mine = shares[self.accelerator.process_index]
+        for group in mine:
+            yield collate(group, self.pad_id, self.device)
+        if self._sharded:  # then all processes must run the model equally often
+            for _ in range(max(map(len, shares)) - len(mine)):
+                yield collate(ordered[:1], self.pad_id, self.device, weight=0.0)
 
     def _save(self, step: int, optimizer, scheduler, parameters, extra: dict[str, Tensor], history: list[dict]) -> None:
         if self._checkpoint is None or not self.accelerator.is_main_process:
@@ -170,7 +183,18 @@ def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sampl
             digest.update(json.dumps([task, encoded]).encode())
     for name, layer in model.layers.items():
         digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
-        digest.update(layer.base_layer.weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        digest.update(_first_values(layer.base_layer.weight))
         digest.update(layer.gate.weight.detach().float().cpu().numpy().tobytes())
     digest.update(json.dumps([[a.name, a.sha256] for a in model.adapters]).encode())
     return digest.hexdigest()
+
+
+def _first_values(weight: Tensor) -> bytes:
+    """A few values that tell one base model from another; none where they do not simply lie in memory.
+
+    That is where accelerate offloads them, FSDP shards them, or a quantised layer packs them in a type of its own.
+    """
+    weight = weight.detach()
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        return b""
+    return weight.flatten()[:8].float().cpu().numpy().tobytes()

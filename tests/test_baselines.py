@@ -1,16 +1,15 @@
-"""Every method is what its name says: checked against the plain base model, stock PEFT, and merging by hand."""
+"""Every method is what its name says: checked against the plain base model and stock PEFT."""
 
 import copy
-import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.save_and_load import load_peft_weights
 
 from data_prep.base_models import load_base_model
 from meteora import MeteoraModel
-from meteora.study.baselines import MERGINGS, Merging, build_methods, merge_adapters, share_weights, with_temperature
+from meteora.study.baselines import Method, build_methods, share_weights, with_temperature
 from meteora.study.predictions import model_fingerprints
 
 TASKS = ["first", "second", "third"]
@@ -36,14 +35,13 @@ def adapters(base, tmp_path_factory):
 
 
 @pytest.fixture
-def models(base, adapters, tmp_path):
-    twin = share_weights(base)
-    merged = merge_adapters(base, adapters, "linear", tmp_path)
+def models(base, adapters):
     model = MeteoraModel.from_adapters(share_weights(base), adapters)
     torch.manual_seed(9)
     for layer in model.layers.values():
         torch.nn.init.normal_(layer.gate.weight)
-    return model, MeteoraModel.from_adapters(twin, {"lora_b": adapters["second"], "linear": merged})
+    singles = {"lora_b": adapters["second"], "linear": adapters["third"]}
+    return model, MeteoraModel.from_adapters(share_weights(base), singles)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +90,7 @@ def test_a_method_leaves_the_settings_as_they_were(models):
 def test_temperature_changes_gated_methods_only(models, batch):
     methods = build_methods(["meteora_top2", "lora_b"], *models)
     hot = with_temperature(methods["meteora_top2"], 15.0)
+    assert with_temperature(build_methods(["meteora_top1"], *models)["meteora_top1"], 15.0).gated is False
     with methods["meteora_top2"].active():
         cold_logits = logits(hot.model, batch)
     with hot.active():
@@ -100,7 +99,22 @@ def test_temperature_changes_gated_methods_only(models, batch):
     assert with_temperature(methods["lora_b"], 15.0) is methods["lora_b"]
 
 
+def test_any_number_of_adapters_and_methods_made_elsewhere(models, batch):
+    model, single = models
+    elsewhere = Method("mine", single, lambda tasks: nullcontext(), ("settings",), _weights=lambda: {"settings": "x"})
+    methods = build_methods(["meteora_top3", "mine"], model, single, others={"mine": elsewhere})
+    with methods["meteora_top3"].active():
+        assert model.top_k == 3
+        three = logits(model, batch)
+    with build_methods(["meteora_top2"], model)["meteora_top2"].active():
+        assert not torch.allclose(logits(model, batch), three)
+    assert methods["mine"] is elsewhere and elsewhere.identity() == {"method": "mine", "weights": {"settings": "x"}}
+
+
 def test_unknown_methods_are_named(models):
+    for name in ("meteora_top0", "meteora_topx", "meteora_top"):
+        with pytest.raises(ValueError, match=repr(name)):
+            build_methods([name], *models)
     with pytest.raises(ValueError, match="'lora_z'.*lora_b, linear"):
         build_methods(["base", "lora_z"], *models)
     with pytest.raises(ValueError, match="'lora_b'"):
@@ -111,55 +125,6 @@ def test_shared_weights_are_the_same_tensors_in_other_modules(base):
     twin = share_weights(base)
     assert all(a is b for a, b in zip(base.parameters(), twin.parameters(), strict=True))
     assert not {id(m) for m in base.modules()} & {id(m) for m in twin.modules()}
-
-
-def factors(directory):
-    weights = load_peft_weights(str(directory), device="cpu")
-    return {name.split("lora_")[0] + "A": (weights[name], weights[name.replace("lora_A", "lora_B")])
-            for name in weights if "lora_A" in name}  # fmt: skip
-
-
-def test_linear_is_the_average_of_the_scaled_factors(base, adapters, tmp_path):
-    merged = factors(merge_adapters(base, adapters, "linear", tmp_path))
-    single = [factors(adapters[task]) for task in TASKS]
-    assert merged
-    for name, (a, b) in merged.items():
-        root = (2.0 / 3) ** 0.5  # PEFT: square root of weight * scaling on both factors; scaling = alpha / r = 2
-        torch.testing.assert_close(a, sum(own[name][0] for own in single) * root)
-        torch.testing.assert_close(b, sum(own[name][1] for own in single) * root)
-
-
-def test_ties_keeps_the_largest_fifth_of_each_factor(base, adapters, tmp_path):
-    merged = factors(merge_adapters(base, adapters, "ties", tmp_path))
-    for a, b in merged.values():
-        for factor in (a, b):
-            assert 0 < (factor != 0).float().mean() <= 3 * MERGINGS["ties"].density + 0.01
-
-
-def test_merged_directories_are_stock_peft_kept_and_renewed(base, adapters, models, batch, tmp_path):
-    before = copy.deepcopy(base.state_dict())
-    target = merge_adapters(base, adapters, "linear", tmp_path / "out")
-    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-    methods = build_methods(["linear"], *models)
-    with methods["linear"].active("first"):
-        torch.testing.assert_close(logits(methods["linear"].model, batch), stock_peft(base, target, batch))
-
-    made = (target / "adapter_model.safetensors").stat().st_mtime_ns
-    merge_adapters(base, adapters, "linear", tmp_path / "out")
-    assert (target / "adapter_model.safetensors").stat().st_mtime_ns == made
-    two = {task: adapters[task] for task in TASKS[:2]}
-    merge_adapters(base, two, "linear", tmp_path / "out")
-    assert list(json.loads((target / "merge.json").read_text())["adapters"]) == TASKS[:2]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["linear"]
-
-
-def test_other_mergings_need_no_code(base, adapters, tmp_path):
-    target = merge_adapters(base, adapters, "pruned", tmp_path, merging=Merging("magnitude_prune", density=0.5))
-    assert target.name == "pruned" and factors(target)
-    with pytest.raises(ValueError, match="'pruned'.*linear, ties"):
-        merge_adapters(base, adapters, "pruned", tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        merge_adapters(base, {"x": tmp_path / "nowhere"}, "linear", tmp_path)
 
 
 def test_fingerprints_tell_base_adapters_and_gates_apart(models):

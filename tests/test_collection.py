@@ -34,6 +34,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 def _workspace(folder, **changes):
     values = yaml.safe_load((PROFILES / "smoke.yaml").read_text(encoding="utf-8")) | {"root": str(folder)} | changes
+    trained = [name for name in ("lora_b", "lora_f") if values.get(name)]  # methods whose adapters the profile has
+    for section in ("evaluation", "composite"):
+        methods = values[section]["methods"]
+        values[section]["methods"] = [m for m in methods if m in trained or not m.startswith("lora_")]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "profile.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -55,7 +59,7 @@ def examples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, base, examples):
     """A workspace with adapters that were trained in it."""
-    workspace = _workspace(tmp_path_factory.mktemp("trained"))
+    workspace = _workspace(tmp_path_factory.mktemp("trained"), lora_f=None)
     found = collect_adapters(workspace, *base, *examples)
     write_index(workspace, found)
     return workspace, found
@@ -63,6 +67,7 @@ def trained(tmp_path_factory, base, examples):
 
 def test_training_leaves_every_tasks_adapter_and_lora_b(trained):
     workspace, found = trained
+    assert not (workspace.artifacts / "data_all").exists(), "which LoRA-F alone needs"
     assert tuple(found.tasks) == TASKS and tuple(found.single) == ("lora_b",)
     assert all(path == workspace.adapters / name for name, path in (found.tasks | found.single).items())
     assert {row["task"] for row in found.history} == {*TASKS, "lora_b"}
@@ -104,9 +109,8 @@ def test_adapters_of_a_folder_are_copied_as_they_are(trained, base, examples, tm
     (tmp_path / "shelf" / "metrics").mkdir()
     curve = pd.DataFrame([{"step": 1, "task": "toy_echo", "split": "train", "loss": 2.5}])
     curve.to_csv(tmp_path / "shelf" / "metrics" / HISTORY, index=False)
-    workspace = _workspace(
-        tmp_path / "run", adapters={"source": str(source)}, lora_b={"source": str(source / "lora_b")}
-    )
+    lora_b = {"source": str(source / "lora_b")}
+    workspace = _workspace(tmp_path / "run", adapters={"source": str(source)}, lora_b=lora_b, lora_f=None)
     found = collect_adapters(workspace, *base, *examples)
     for name, path in (found.tasks | found.single).items():
         assert path.parent == workspace.adapters
@@ -118,10 +122,16 @@ def test_adapters_of_a_folder_are_copied_as_they_are(trained, base, examples, tm
         collect_adapters(workspace, *base, *examples)
 
 
-def test_lora_f_is_not_trained_from_what_a_profile_prepares(trained, base, examples, tmp_path):
-    workspace = _workspace(tmp_path, adapters={"source": str(trained[0].adapters)}, lora_f={"source": "train"})
-    with pytest.raises(AdapterError, match="lora_f"):
-        collect_adapters(workspace, *base, *examples)
+def test_lora_f_sees_all_training_examples_there_are(trained, base, examples, tmp_path):
+    training = {"max_steps": 2, "samples_per_step": 2, "learning_rate": 0.01, "evaluate_every": 1}
+    source, lora_f = {"source": str(trained[0].adapters)}, {"source": "train", "rank": 4, "training": training}
+    workspace = _workspace(tmp_path, adapters=source, lora_b=None, lora_f=lora_f)
+    found = collect_adapters(workspace, *base, *examples)
+    assert list(found.single) == ["lora_f"]
+    facts = card_facts(found.single["lora_f"])
+    # 500 of each toy task, less a fifth for the test and a tenth of the rest for validation
+    assert facts["training samples"] == str(3 * 360) and facts["samples per step"] == "6"
+    assert facts["validation samples"] == str(sum(map(len, examples[1].values())))
 
 
 def test_a_broken_adapter_leaves_the_old_copy(trained, tmp_path):

@@ -127,6 +127,33 @@ def test_every_method_answers_as_itself(tiny, examples, methods, tmp_path):
     assert len({str(answers[name]) for name in methods}) == len(methods)
 
 
+@pytest.mark.parametrize("tokens_per_batch", [None, 40])
+def test_tasks_are_answered_together_where_batches_have_room(tiny, examples, tmp_path, monkeypatch, tokens_per_batch):
+    model, tokenizer = tiny
+    methods = build_methods(["base", "peft", "meteora_top2"], model)
+    limits = {"toy_echo": 6, "toy_first_letter": 9, "toy_parity": 5}  # the first and the last are about equally long
+    expected = predict(methods, examples, tiny, tmp_path / "alone", max_new_tokens=limits)
+    rows, prompts = count_rows(monkeypatch), {}
+    extend = TranscriptBatch.extend
+
+    def seen(self, segments):
+        prompts.setdefault(len(rows), [len(segment) for segment in segments])
+        return extend(self, segments)
+
+    monkeypatch.setattr(TranscriptBatch, "extend", seen)
+    options = {"batch_size": 16, "max_new_tokens": limits, "tokens_per_batch": tokens_per_batch}
+    assert predict(methods, examples, tiny, tmp_path / "together", **options) == expected
+    if tokens_per_batch is None:
+        assert rows == [10, 5, 5, 5, 5, 10, 5]  # base; peft, which is told the task, by task; MeteoRA
+    else:
+        assert all(max(lengths) * len(lengths) <= 40 for lengths in prompts.values()) and len(rows) > 7
+    del rows[:]
+    del_file = tmp_path / "together" / "independent" / "base" / "toy_parity.jsonl"
+    del_file.unlink()
+    assert predict(methods, examples, tiny, tmp_path / "together", **options) == expected
+    assert sum(rows) == 5, "only what is missing is answered"
+
+
 def test_stored_answers_are_reused_and_survive_other_batch_sizes(tiny, examples, methods, tmp_path, monkeypatch):
     first = predict(methods, examples, tiny, tmp_path)
     rows = count_rows(monkeypatch)

@@ -33,24 +33,6 @@ def independent(tasks, methods=METHODS):
     return pd.DataFrame(rows, columns=["task", "method", "metric", "value", "low", "high", "n"])
 
 
-def benchmark(workload="layer"):
-    rows = []
-    for size in ((576, 576), (576, 1536)):
-        for adapters in (5, 28):
-            for tokens in (1, 16, 512):
-                for backend, factor in (("loop", 8.0), ("bmm", 2.0), ("dense", 1.0)):
-                    setting = (workload, backend, "forward", "eager", "uniform", 1)
-                    cell = (*setting, tokens, adapters, 8, 2, *size, "float32")
-                    time, memory = factor * tokens * adapters, factor * tokens * 2**20
-                    rows.append((*cell, "time_us", time, 0.9 * time, 1.2 * time))
-                    rows.append((*cell, "peak_bytes", memory, memory, memory))
-    names = (
-        "workload backend mode launch routing batch tokens adapters rank top_k in_features out_features dtype metric "
-        "value p20 p80"
-    )
-    return pd.DataFrame(rows, columns=names.split())
-
-
 def routing(tasks, layers=3):
     rows = []
     for layer in range(layers):
@@ -138,6 +120,12 @@ def test_composites_have_a_panel_for_each_protocol():
     assert places == [3.0, 1.25]
     assert "of 3" in first.get_xlabel()
     assert len(figure.axes) == 4  # two temperatures, two protocols, two of the four measured
+    other = pd.DataFrame(rows, columns=columns).assign(shots=2)
+    both = visible_axes(figures.composite_summary(pd.concat([pd.DataFrame(rows, columns=columns), other])))
+    titles = [axes.get_title() for axes in both]
+    assert titles == [f"composite-3, {run}" for run in (
+        "guided\n0-shot, T = 15", "guided\n2-shot, T = 15", "sequential\n0-shot, T = 1", "sequential\n2-shot, T = 1",
+    )]  # fmt: skip
     with pytest.raises(ValueError, match="no rows of sub-task ALL"):
         figures.composite_summary(pd.DataFrame(rows, columns=columns).assign(subtask="winowhy"))
 
@@ -180,53 +168,6 @@ def test_routing_heatmaps_show_the_shares(count):
 def test_routing_without_adapters_of_the_tasks_names_has_one_panel():
     rows = routing(["a", "b"]).assign(adapter=lambda frame: "adapter of " + frame["adapter"])
     assert len(figures.routing_heatmaps(rows).axes) == 2
-
-
-def test_figure5_adds_up_the_time_of_equal_cells():
-    rows = benchmark()
-    extra = rows[(rows["backend"] == "loop") & (rows["tokens"] == 1)].assign(tokens=2, value=1e9)
-    [axes] = figures.figure5_total_time(pd.concat([rows, extra])).axes
-    total = 2 * (5 + 28) * (1 + 16 + 512) / 1000
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([total, 2 * total, 8 * total])
-    assert "12 measurements (ms)" in axes.get_xlabel()
-    assert [label.get_text().split()[0] for label in axes.get_yticklabels()] == ["dense", "bmm", "loop"]
-    assert "(8.0x)" in words(axes.figure)
-
-
-def test_figure5_prefers_the_tasks_prompts():
-    both = pd.concat([benchmark(), benchmark("tasks")])
-    assert "tasks' prompts" in figures.figure5_total_time(both).axes[0].get_title()
-    with pytest.raises(ValueError, match="no cell in which every backend was timed"):
-        part = benchmark()
-        figures.figure5_total_time(part[(part["backend"] == "loop") == (part["tokens"] == 1)])
-
-
-@pytest.mark.parametrize(("variable", "places"), [("tokens", [1, 16, 512]), ("adapters", [5, 28])])
-def test_benchmark_lines(variable, places):
-    figure = figures.benchmark_over(benchmark(), variable)
-    assert len(figure.axes) == 4
-    loop = figure.axes[0].get_lines()[0]
-    assert loop.get_label().startswith("loop") and loop.get_xdata().tolist() == places
-    fixed = 28 if variable == "tokens" else 512
-    assert loop.get_ydata() == pytest.approx([8 * place * fixed / 1000 for place in places])
-    assert str(fixed) in figure.get_suptitle()
-    assert figure.axes[0].get_ylabel() == "time (ms)" and figure.axes[2].get_ylabel() == "extra memory (MiB)"
-
-
-def test_benchmark_curves_differ_in_the_backend_only():
-    both = pd.concat([benchmark(), benchmark().assign(routing="runs", value=1e6)])
-    figure = figures.benchmark_over(both)
-    assert "uniform routing" in figure.get_suptitle()
-    assert figure.axes[0].get_lines()[0].get_ydata()[0] == pytest.approx(8 * 28 / 1000)
-
-
-def test_benchmark_leaves_out_memory_that_was_not_measured():
-    rows = benchmark()
-    assert len(figures.benchmark_over(rows[rows["metric"] == "time_us"]).axes) == 2
-    with pytest.raises(ValueError, match="mode 'backward'"):
-        figures.benchmark_over(rows, mode="backward")
-    with pytest.raises(ValueError, match="not over 'rank'"):
-        figures.benchmark_over(rows, "rank")
 
 
 TOKENS = ["[INST] ", "a <b>&", ' "quoted"', " costs $5 and $6", "\n\n", " [/INST]", "\n", "1", ". yes"]

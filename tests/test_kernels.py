@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from meteora.backends import triton as backend
 from meteora.gating import Routing
 from meteora.kernels import decode, expand, ops, route, shrink
-from meteora.kernels.launch import gate_parts, padded
+from meteora.kernels.packing import gate_parts, pack, padded
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -78,7 +78,7 @@ SHAPES = [
 def test_gated_mix_is_the_reference(tokens, features, out, ranks, k, dtype):
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
     expected = ops.gated_mix_ref(y.float(), x.float(), A.float(), B.float(), gate, owner, k, 1.5)
-    result = ops.gated_mix_(y, x, ops.pack(A, gate), B, owner, len(ranks), k, 1.5)
+    result = ops.gated_mix_(y, x, pack(A, gate), B, owner, len(ranks), k, 1.5)
     assert result.data_ptr() == y.data_ptr()
     close(result, expected, dtype)
 
@@ -89,7 +89,7 @@ def test_every_gradient_of_gated_mix(tokens, features, out, ranks, k, dtype):
     *operands, owner = problem(tokens, features, out, ranks, dtype, shuffle=True)
     leaves = [t.clone().requires_grad_() for t in operands]
     exact = [t.clone().float().requires_grad_() for t in operands]
-    packed = ops.pack(operands[2], operands[4])
+    packed = pack(operands[2], operands[4])
     upstream = torch.randn(tokens, out, device=DEVICE)
     result = ops.gated_mix(*leaves, packed, owner, k, 0.7)[0]
     result.backward(upstream.to(dtype))
@@ -128,7 +128,7 @@ def test_any_shape(tokens, features, out, ranks, data, temperature, shuffle, abs
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, seed=seed, shuffle=shuffle)
     expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, absolute=absolute)
     result = ops.gated_mix_(
-        y, x, ops.pack(A, gate), B, owner, len(ranks), k, temperature, absolute=absolute
+        y, x, pack(A, gate), B, owner, len(ranks), k, temperature, absolute=absolute
     )
     close(result, expected)
 
@@ -184,7 +184,7 @@ def test_expand(tokens, out, R, dtype):
 def test_decode(splits, dtype):
     ranks = [8, 3, 0, 8]
     y, x, A, B, gate, owner = problem(3, 40, 50, ranks, dtype)
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
     products = torch.randn(splits, 3, len(packed), device=DEVICE)
     expected = decode.decode_ref(y, products, B, owner, len(ranks), 2, 2.0)
     close(decode.decode(y, products, B, owner, len(ranks), 2, 2.0), expected, dtype)
@@ -194,7 +194,7 @@ def test_packed_gates_are_nearly_float32():
     gate = torch.randn(5, 300, device=DEVICE)
     for dtype, bits in ((torch.float32, 30), (torch.float16, 18), (torch.bfloat16, 15)):
         A = torch.randn(3, 300, device=DEVICE).to(dtype)
-        packed, parts = ops.pack(A, gate), gate_parts(dtype)
+        packed, parts = pack(A, gate), gate_parts(dtype)
         assert packed.dtype == dtype and len(packed) % 16 == 0 and torch.equal(packed[:3], A)
         kept = packed[3 : 3 + 5 * parts].double().unflatten(0, (parts, 5)).sum(0)
         assert ((kept - gate).abs() <= gate.abs() * 2.0**-bits + 1e-7 * (dtype == torch.float16)).all()
@@ -205,7 +205,7 @@ def test_packed_gates_are_nearly_float32():
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_what_is_not_finite_stays_in_its_token(value, tokens):
     y, x, A, B, gate, owner = problem(tokens, 24, 20, [2, 3, 1, 8])
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
     clean = ops.gated_mix_(y.clone(), x, packed, B, owner, 4, 2)
     x[2] = value
     result = ops.gated_mix_(y, x, packed, B, owner, 4, 2)
@@ -220,13 +220,13 @@ def test_an_adapter_that_overflows_is_not_felt_unless_chosen():
     gate[0], gate[1] = x[0].float(), -x[0].float()
     x[:] = x[0]
     expected = ops.gated_mix_ref(y.float(), x.float(), A.float(), B.float(), gate, owner, 1)
-    close(ops.gated_mix_(y, x, ops.pack(A, gate), B, owner, 2, 1), expected, torch.float16)
+    close(ops.gated_mix_(y, x, pack(A, gate), B, owner, 2, 1), expected, torch.float16)
 
 
 def test_no_tokens_and_no_columns():
     for tokens, ranks in ((0, [2, 2]), (4, [0, 0])):
         y, x, A, B, gate, owner = problem(tokens, 8, 6, ranks)
-        before, packed = y.clone(), ops.pack(A, gate)
+        before, packed = y.clone(), pack(A, gate)
         leaves = [t.clone().requires_grad_() for t in (y, x, A, B, gate)]
         assert torch.equal(ops.gated_mix_(y, x, packed, B, owner, 2, 1), before)
         result = ops.gated_mix(*leaves, packed, owner, 1, 1.0)[0]
@@ -243,7 +243,7 @@ def test_no_tokens_and_no_columns():
 @pytest.mark.parametrize("tokens", [2, 30, 130])
 def test_strided_inputs(tokens):
     y, x, A, B, gate, owner = problem(tokens, 48, 40, [4, 8])
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
     expected = ops.gated_mix_ref(y, x, A, B, gate, owner, 2)
     wide = torch.zeros(tokens, 100, device=DEVICE)
     wide[:, 3:51] = x
@@ -254,14 +254,14 @@ def test_strided_inputs(tokens):
 
 def test_the_same_twice():
     y, x, A, B, gate, owner = problem(40, 600, 40, [8] * 20)
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
     first = ops.gated_mix_(y.clone(), x, packed, B, owner, 20, 2)
     assert torch.equal(first, ops.gated_mix_(y.clone(), x, packed, B, owner, 20, 2))
 
 
 def test_opcheck():
     y, x, A, B, gate, owner = problem(8, 16, 16, [4, 4, 4])
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
     indices, weights = routing_of(8, 3, 2)
     operators = torch.ops.meteora
     torch.library.opcheck(operators.gated_mix_, (y, x, packed, B, owner, 3, 2, 1.0, False))
@@ -273,7 +273,7 @@ def test_opcheck():
 
 def test_compiled_into_one_graph():
     y, x, A, B, gate, owner = problem(8, 16, 16, [4, 4, 4])
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def inference(y, x):
@@ -296,7 +296,7 @@ def test_compiled_into_one_graph():
 @needs_gpu
 def test_captured_in_a_graph():
     y, x, A, B, gate, owner = problem(300, 512, 256, [8] * 28, torch.bfloat16)
-    packed = ops.pack(A, gate)
+    packed = pack(A, gate)
     ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2)
     out, graph = y.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -314,5 +314,5 @@ def test_offsets_beyond_32_bits():
         pytest.skip("needs 12 GB on the GPU")
     y, x, A, B, gate, owner = problem(8, 64, out, [8, 8], torch.bfloat16)
     x, y = x.repeat(tokens // 8 + 1, 1)[:tokens], torch.zeros(tokens, out, device=DEVICE, dtype=torch.bfloat16)
-    ops.gated_mix_(y, x, ops.pack(A, gate), B, owner, 2, 2)
+    ops.gated_mix_(y, x, pack(A, gate), B, owner, 2, 2)
     assert torch.equal(y[-3:], y[(tokens - 3) % 8 :][:3]) and y[-3:].any()  # the rows of x repeat

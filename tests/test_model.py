@@ -1,14 +1,14 @@
-"""The model: what it saves, what it refuses, how it generates, and that it leaves the base model as it was."""
+"""The model: what it refuses, how it generates, what its contexts do, and that it leaves the base model as it was."""
 
 import copy
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -16,7 +16,6 @@ import meteora
 from meteora import AdapterError, MeteoraConfig, MeteoraModel
 
 Q = "model.layers.0.self_attn.q_proj"
-ODD = ["dots.in.it", "with space", "a/b", "日本", "..", "trailing."]
 
 
 @pytest.fixture
@@ -61,8 +60,6 @@ def test_top_k_over_n_and_unknown_settings_are_errors(model, base, mixed_adapter
             call()
     with pytest.raises(ValueError, match="unknown backend"):
         model.set_backend("quick")
-    with pytest.raises(NotImplementedError, match="triton"):
-        model.set_backend("triton")
     assert (model.top_k, model.state.temperature, model.state.backend) == (2, 1.0, "auto")
     with pytest.raises(AdapterError, match="there is no adapter 'nine'; there are 'one', "), model.route_to("nine"):
         pass
@@ -76,7 +73,8 @@ def test_top_k_over_n_and_unknown_settings_are_errors(model, base, mixed_adapter
 
 def test_backends_and_settings_reach_every_layer(core, model):
     results = {}
-    for backend in ("loop", "bmm", "dense", "auto"):
+    interpreted = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+    for backend in ("loop", "bmm", "dense", *interpreted, "auto"):
         model.set_backend(backend)
         results[backend] = logits(model, core.tokens())
         torch.testing.assert_close(results[backend], results["loop"], rtol=1e-4, atol=1e-4)
@@ -88,32 +86,6 @@ def test_backends_and_settings_reach_every_layer(core, model):
     assert torch.equal(logits(model, core.tokens()), cold)  # one choice has weight 1 at any temperature
 
 
-@pytest.mark.parametrize("copy_adapters", [True, False])
-def test_a_checkpoint_restores_everything(core, model, base, tmp_path, copy_adapters):
-    model.set_top_k(3)
-    model.set_temperature(7.5)
-    model.set_backend("loop")
-    model.state.warning = None
-    model.save_pretrained(tmp_path / "m", copy_adapters=copy_adapters)
-    assert (tmp_path / "m" / "adapters").exists() == copy_adapters
-    assert not list((tmp_path / "m").rglob("*.bin")) and not list((tmp_path / "m").rglob("*.pt"))
-    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
-    assert again.adapter_names == model.adapter_names
-    assert (again.top_k, again.state.temperature, again.state.backend) == (3, 7.5, "loop")
-    assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
-
-
-def test_odd_names_survive(core, base, mixed_adapters, tmp_path):
-    model = core.randomize_gates(MeteoraModel.from_adapters(base, dict.fromkeys(ODD, mixed_adapters["one"])))
-    model.save_pretrained(tmp_path / "m")
-    again = MeteoraModel.from_pretrained(model.unload(), tmp_path / "m")
-    assert again.adapter_names == ODD
-    for name in ODD:
-        with again.route_to(name):
-            logits(again, core.tokens(1))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
-
-
 def test_the_base_model_may_be_a_path(core, model, base, mixed_adapters, tmp_path):
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "m")
@@ -122,83 +94,6 @@ def test_the_base_model_may_be_a_path(core, model, base, mixed_adapters, tmp_pat
         core.randomize_gates(MeteoraModel.from_adapters(str(tmp_path / "base"), mixed_adapters)),
     ):
         torch.testing.assert_close(logits(again, core.tokens()), logits(model, core.tokens()))
-
-
-def test_saving_onto_the_directory_it_came_from(core, model, base, tmp_path):
-    model.save_pretrained(tmp_path / "m")
-    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
-    core.randomize_gates(again, seed=5)
-    with pytest.raises(AdapterError, match="'one' lies in .*which would be replaced"):
-        again.save_pretrained(tmp_path / "m", copy_adapters=False)
-    again.save_pretrained(tmp_path / "m")
-    third = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
-    assert torch.equal(logits(third, core.tokens()), logits(again, core.tokens()))
-
-
-def test_saving_never_replaces_other_files(model, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    model.save_pretrained(tmp_path / "empty")
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(model, base, tmp_path, monkeypatch):
-    model.save_pretrained(tmp_path / "m")
-
-    def full(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(meteora.model, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        model.save_pretrained(tmp_path / "m")
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
-    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
-
-
-def test_a_changed_adapter_is_refused(model, base, mixed_adapters, tmp_path):
-    source = Path(shutil.copytree(mixed_adapters["one"], tmp_path / "source"))
-    mine = MeteoraModel.from_adapters(copy.deepcopy(base), {"one": source})
-    mine.save_pretrained(tmp_path / "m", copy_adapters=False)
-    weights = load_file(source / "adapter_model.safetensors")
-    save_file({k: v * 2 for k, v in weights.items()}, source / "adapter_model.safetensors")
-    with pytest.raises(
-        AdapterError, match="'one' .*is not the one the gates .*sha256 is [0-9a-f]{64}, .*says [0-9a-f]{64}"
-    ):
-        MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
-    with pytest.raises(AdapterError, match="'one'.*changed since it was loaded"):
-        mine.save_pretrained(tmp_path / "m2")
-    assert not (tmp_path / "m2").exists()
-
-
-def test_broken_checkpoints_are_named(model, base, tmp_path):
-    directory = tmp_path / "m"
-    with pytest.raises(AdapterError, match="has no meteora_config.json"):
-        MeteoraModel.from_pretrained(base, directory)
-    model.save_pretrained(directory)
-    gates = load_file(directory / "gates.safetensors")
-
-    def refused(message):
-        with pytest.raises(AdapterError, match=message):
-            MeteoraModel.from_pretrained(copy.deepcopy(base), directory)
-
-    save_file({**gates, Q: gates[Q][:3]}, directory / "gates.safetensors")
-    refused(rf"the gate of '{Q}' has shape \(3, 32\); expected \(4, 32\)")
-    save_file({**gates, Q: gates[Q] * torch.nan}, directory / "gates.safetensors")
-    refused(f"the gate of '{Q}' holds NaN")
-    save_file({name: gate for name, gate in gates.items() if name != Q}, directory / "gates.safetensors")
-    refused(f"a gate for '{Q}' is on one side only")
-    (directory / "gates.safetensors").write_bytes(b"not safetensors")
-    refused("gates.safetensors is corrupt")
-    saved = json.loads((directory / "meteora_config.json").read_text())
-    (directory / "meteora_config.json").write_text(json.dumps({**saved, "format": 99}))
-    refused("has format 99")
-    for text in ("{", "[]"):
-        (directory / "meteora_config.json").write_text(text)
-        refused("not valid JSON|has format None")
-    (directory / "gates.safetensors").unlink()
-    refused("has no gates.safetensors")
 
 
 def test_add_adapter_leaves_the_others_choices_alone(core, base, mixed_adapters):

@@ -41,7 +41,9 @@ def test_notebook(stage, profile) -> None:
     assert Records(workspace).why_run(stage) is None  # a second run would skip it
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES_HERE if s.number in ("02", "03", "04")], ids=lambda s: s.notebook)
+@pytest.mark.parametrize(
+    "stage", [s for s in STAGES_HERE if s.number in ("02", "03", "04", "05")], ids=lambda s: s.notebook
+)
 def test_a_notebook_says_which_one_is_missing(stage, tmp_path) -> None:
     profile = smoke_profile(tmp_path)
     notebook = tmp_path / f"{stage.notebook}.ipynb"

@@ -34,10 +34,11 @@ def test_all_methods_over_one_copy_of_the_weights(workspace):
     study = open_study(workspace, settings.evaluation.methods)
     assert tuple(study.methods) == settings.evaluation.methods
     assert study.model.adapter_names == list(settings.tasks) == list(study.adapters)
-    assert study.methods["lora_b"].model.adapter_names == ["lora_b", "linear", "ties"]
+    assert study.methods["lora_b"].model.adapter_names == ["lora_f", "lora_b", "linear", "ties", "dare"]
     weights = study.plain.get_input_embeddings().weight
-    for method in study.methods.values():
-        assert method.model.get_input_embeddings().weight is weights
+    for name, method in study.methods.items():
+        model = method.model.model if name == "xlora" else method.model  # which wraps a model
+        assert model.get_input_embeddings().weight is weights
     name, layer = next(iter(study.model.layers.items()))
     assert layer.base_layer.weight is study.plain.get_submodule(name).weight
     assert {task: len(rows) for task, rows in study.tests.items()} == dict.fromkeys(settings.tasks, 4)

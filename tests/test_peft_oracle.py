@@ -7,18 +7,10 @@ import peft
 import pytest
 import torch
 from peft.tuners.xlora.layer import XLoraLinearLayer
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import get_cosine_schedule_with_warmup
 
 import meteora
-from meteora import AdapterError, MeteoraModel
+from meteora import MeteoraModel
 from meteora.adapter_training import _fresh_adapters
 from meteora.adapters import load_adapter
 from meteora.batches import balanced_steps, by_task, collate, encode
@@ -115,52 +107,6 @@ def test_the_layer_is_xloras_with_our_weights_as_scalings(core, ours_and_theirs,
         xlora = XLoraLinearLayer(SimpleNamespace(disabled=False), target, target.forward, 0, config)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), xlora.forward(x, scalings=scalings))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda size: MistralConfig(**size),
-        lambda size: Qwen2Config(**size),
-        lambda size: Gemma2Config(**size, head_dim=8, sliding_window=4),
-        lambda size: LlamaConfig(**size, tie_word_embeddings=True, attention_bias=True),
-    ],
-    ids=["mistral", "qwen2", "gemma2", "llama-tied-bias"],
-)
-def test_other_decoders_need_no_code_of_their_own(core, make, tmp_path):
-    torch.manual_seed(0)
-    size = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    base = AutoModelForCausalLM.from_config(make(size)).eval()
-    adapters = {
-        "a.b": core.make_adapter(tmp_path / "a", base),
-        "c d": core.make_adapter(tmp_path / "c", base, seed=1, r=2, target_modules=["q_proj", "lm_head"]),
-    }
-    theirs = peft_model(base, adapters)
-    ours = core.randomize_gates(MeteoraModel.from_adapters(copy.deepcopy(base), adapters))
-    assert "lm_head" in ours.layers
-    for n, name in enumerate(adapters):
-        theirs.set_adapter(f"a{n}")
-        with ours.route_to(name):
-            torch.testing.assert_close(logits(ours, core.tokens()), logits(theirs, core.tokens()))
-    with ours.disable_adapters():
-        assert torch.equal(logits(ours, core.tokens()), logits(base, core.tokens()))
-    settings = {"max_new_tokens": 5, "do_sample": False}
-    cached, uncached = (ours.generate(core.tokens(), use_cache=cache, **settings) for cache in (True, False))
-    assert torch.equal(cached, uncached)
-
-
-def test_gpt2s_conv1d_is_refused_by_name(tmp_path):
-    base = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
-    peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
-    ).save_pretrained(str(tmp_path))
-    with pytest.raises(
-        AdapterError, match=r"'mine' adapts 'transformer\.h\.0\.attn\.c_attn', a Conv1D; only nn\.Linear"
-    ):
-        MeteoraModel.from_adapters(base, {"mine": tmp_path})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

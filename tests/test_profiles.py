@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import yaml
 
 from data_prep.tasks import TASKS, TOY_TASKS
-from meteora.study import baselines
-from meteora.study.profiles import METHODS, PROFILES, REPOSITORY, ProfileError, load_profile, profile_names
+from meteora.study.baselines import TRAINED_SINGLE
+from meteora.study.merging import MERGINGS
+from meteora.study.opening import OTHERS
+from meteora.study.profiles import (
+    METHODS,
+    PROFILES,
+    PROTOCOLS,
+    REPOSITORY,
+    ProfileError,
+    load_profile,
+    profile_names,
+)
 
 ALL = profile_names()
+PUBLISHED_10 = (
+    "logical_deduction", "question_selection", "abstract_narrative_understanding", "goal_step_wikihow", "winowhy",
+    "strategyqa", "disfl_qa", "news_commentary_de", "alpaca", "linguistics_puzzles",
+)  # fmt: skip
 
 
 def values_of(name: str) -> dict:
@@ -41,6 +56,7 @@ def write(tmp_path):
 
 
 DELETE = object()
+STUDY = {"sizes": [[32, 32]], "tokens": [1], "adapters": [3]}
 
 
 def test_the_profiles_of_the_design_are_there() -> None:
@@ -68,6 +84,26 @@ def test_tasks_of_the_shipped_profiles() -> None:
     assert all(TASKS[task].accuracy for task in laptop.tasks)
 
 
+def test_smollm2_holds_what_the_record_needs() -> None:
+    profile = load_profile("smollm2")
+    assert profile.evaluation.methods == METHODS and profile.evaluation.test_samples >= 100
+    composite = profile.composite
+    assert {size: len(tasks) for size, tasks in composite.sizes.items()} == {3: 3, 5: 5, 10: 10}
+    assert composite.sizes[10][:7] == PUBLISHED_10[:7] and composite.sizes[10][-1] == PUBLISHED_10[-1]
+    assert {"language_identification", "topical_chat"} == set(composite.sizes[10]) - set(PUBLISHED_10)
+    assert composite.protocols == PROTOCOLS and composite.zero_shot == ("numbered", "guided")
+    assert composite.temperature == {3: 15, 5: 20, 10: 30} and composite.items >= 100
+    assert {"base", "peft", "lora_f", "lora_b", "meteora_top2"} <= set(composite.methods)
+    assert set(composite.methods) | set(profile.ablations.composite_methods) == set(METHODS)
+    for section in (profile.lora_b, profile.lora_f):
+        assert section.config() == profile.adapters.config(), "trained alike"
+    everything = {f.name: getattr(profile.ablations, f.name) for f in dataclasses.fields(profile.ablations)}
+    assert all(everything.values()), "no study is left out"
+    assert {options.get("objective", "gate") for options in profile.ablations.gates.values()} == {"gate", "joint"}
+    assert max(profile.ablations.speed.adapters) == 256
+    assert load_profile("laptop").ablations is None
+
+
 def test_laptop_keeps_its_promises() -> None:
     laptop = load_profile("laptop")
     assert laptop.evaluation.test_samples >= 40
@@ -87,7 +123,9 @@ def test_lora_b_sees_as_many_samples_as_all_adapters_together(name) -> None:
 
 
 def test_methods_are_those_the_study_can_run() -> None:
-    assert set(METHODS) == {"base", "peft", *baselines.METEORA, *baselines.MERGINGS, *baselines.TRAINED_SINGLE}
+    states = {"base", "peft", "meteora_top1", "meteora_top2"}
+    assert set(METHODS) == {*states, *MERGINGS, *TRAINED_SINGLE, *OTHERS}
+    assert set(load_profile("smoke").evaluation.methods) == set(METHODS), "the tests run all of them"
 
 
 def test_a_path_is_a_profile_too(write) -> None:
@@ -95,6 +133,14 @@ def test_a_path_is_a_profile_too(write) -> None:
     assert (profile.seed, profile.root) == (7, "/somewhere")
     assert profile.gate_config().seed == 7
     assert profile.to_dict()["composite"]["sizes"][2] == ("toy_echo", "toy_parity")
+
+
+def test_xlora_is_trained_as_the_gates_are_but_for_what_is_its_own(write) -> None:
+    profile = load_profile(write(seed=5, gates={"learning_rate": 0.5, "max_steps": 7, "samples_per_step": 3}, xlora={}))
+    config = profile.xlora_config()
+    assert (config.max_steps, config.samples_per_step, config.seed, config.learning_rate) == (7, 3, 5, 1e-3)
+    profile = load_profile(write(xlora={"learning_rate": 0.1, "max_steps": 2}))
+    assert (profile.xlora_config().learning_rate, profile.xlora_config().max_steps) == (0.1, 2)
 
 
 def test_the_training_options_reach_the_configs(write) -> None:
@@ -129,6 +175,11 @@ def test_the_training_options_reach_the_configs(write) -> None:
         ({"adapters__training": {"rank": 3}}, r"adapters\.training has no option 'rank'"),
         ({"adapters__rank": 0}, r"adapters\.rank must be"),
         ({"evaluation__methods": ["peft", "magic"]}, r"evaluation\.methods has no choice 'magic'; known are base"),
+        ({"data__max_characters": 0}, r"data\.max_characters must be at least 1"),
+        ({"xlora": {"objective": "gate"}}, r"xlora has no option 'objective'"),
+        ({"lorahub": {"evaluations": 1}}, r"lorahub\.evaluations must be at least 2"),
+        ({"evaluation__tokens_per_batch": 0}, r"evaluation\.tokens_per_batch must be at least 1"),
+        ({"composite__zero_shot": ["sequential"]}, r"composite\.zero_shot has no choice 'sequential'; known are numbered"),
         ({"evaluation__methods": []}, r"evaluation\.methods must name at least one"),
         ({"composite__protocols": ["loud"]}, r"composite\.protocols has no choice 'loud'"),
         ({"composite__sizes": {3: ["toy_echo"]}}, r"has no choice 2; known are 3|names 1 tasks instead of 3"),
@@ -136,8 +187,25 @@ def test_the_training_options_reach_the_configs(write) -> None:
         ({"composite__temperature": {2: 0}}, r"composite\.temperature\.2 must be positive"),
         ({"composite__items": 0}, r"composite\.items must be at least 1"),
         ({"benchmark__backends": ["cuda"]}, r"benchmark\.backends has no choice 'cuda'; known are auto, loop"),
-        ({"benchmark__layers": [[32, 32, 32]]}, r"benchmark\.layers must have 2 entries"),
+        ({"benchmark__layers": []}, r"benchmark\.layers must name at least one"),
+        ({"benchmark__layers": [STUDY | {"sizes": [[32, 32, 32]]}]}, r"benchmark\.layers\.sizes must have 2 entries"),
+        ({"benchmark__layers": [STUDY | {"tokens": [0]}]}, r"benchmark\.layers\.tokens must be at least 1"),
+        ({"benchmark__layers": [STUDY | {"routings": ["random"]}]}, r"has no choice 'random'; known are uniform"),
+        ({"benchmark__layers": [STUDY | {"modes": []}]}, r"benchmark\.layers\.modes must name at least one"),
+        ({"benchmark__layers": [STUDY | {"launch": ["graph"]}]}, r"unknown key benchmark\.layers\.launch; known are"),
+        ({"benchmark__tasks__prompts": 0}, r"benchmark\.tasks\.prompts must be at least 1"),
         ({"lora_b": None}, r"the profile needs a section lora_b"),
+        ({"ablations__sampels": 3}, r"unknown key ablations\.sampels; known are samples, top_k"),
+        ({"ablations__samples": 0}, r"ablations\.samples must be at least 1"),
+        ({"ablations__top_k": [4]}, r"ablations\.top_k must be at most 3, the number of tasks"),
+        ({"ablations__adapters": [2, 9]}, r"ablations\.adapters must be at most 3"),
+        ({"ablations__temperatures": [0]}, r"ablations\.temperatures must be positive"),
+        ({"ablations__added_task": "winowhy"}, r"ablations\.added_task has no choice 'winowhy'; known are toy_echo"),
+        ({"ablations__held_out": ["toy_echo", "toy_parity"]}, r"ablations\.held_out must leave two tasks"),
+        ({"ablations__foreign": ["toy_echo"]}, r"ablations\.foreign must name tasks that are none of the profile's"),
+        ({"ablations__gates": {"mine": {"beeta": 1}}}, r"gates has no option 'beeta'"),
+        ({"ablations__composite_methods": ["magic"]}, r"ablations\.composite_methods has no choice 'magic'"),
+        ({"ablations__speed": {"adapters": [], "batch": [1], "tokens": [1]}}, r"adapters must name at least one"),
     ],
 )
 def test_mistakes_are_named(write, changes, message) -> None:

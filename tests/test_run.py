@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 from meteora.study import execute, run
-from meteora.study.artifacts import STAGES, Workspace
+from meteora.study.artifacts import STAGES, Workspace, left_out
 from meteora.study.plan import describe, downloads
 from meteora.study.profiles import PROFILES, REPOSITORY, load_profile
 from meteora.study.records import Records, RunError, sources_of
@@ -194,6 +194,38 @@ def test_from_and_only(study) -> None:
     assert [s.number for s in select_stages(None, "2", study.notebooks)] == ["02"]
     with pytest.raises(RunError, match="there is no notebook '07' in .*; there are 01_adapter_collection, 02_gate"):
         select_stages("07", None, study.notebooks)
+
+
+def test_a_stage_about_a_section_that_a_profile_lacks_is_no_part_of_its_run(study, tmp_path, capsys) -> None:
+    import dataclasses
+
+    study.write("06")
+    profile, without = study.workspace.profile, dataclasses.replace(study.workspace.profile, ablations=None)
+    assert [s.number for s in select_stages(None, None, study.notebooks, profile)] == ["01", "02", "03", "06"]
+    assert [s.number for s in select_stages(None, None, study.notebooks, without)] == ["01", "02", "03"]
+    assert [s.number for s in select_stages("02", None, study.notebooks, without)] == ["02", "03"]
+    sentence = "06_ablations is no part of profile 'smoke', which has no section 'ablations'"
+    with pytest.raises(RunError, match=sentence):
+        select_stages(None, "06", study.notebooks, without)
+    assert left_out(profile, study.notebooks) == {} and left_out(without, study.notebooks) == {"06": sentence}
+    workspace = Workspace(without, root=study.workspace.root)
+    records = Records(workspace, study.notebooks)
+    assert sentence in describe(workspace, select_stages(None, None, study.notebooks, without), records)
+    study.write("07")
+    assert "the run of 06_ablations" in study.records.inputs(STAGES["07"])
+    assert "the run of 06_ablations" not in records.inputs(STAGES["07"])
+    (study.notebooks / "07_report.ipynb").unlink()
+    # --fresh of a whole run forgets everything, though the folder holds one notebook more
+    stray = workspace.artifacts / "stray"
+    study.run()
+    stray.touch()
+    run_study(
+        workspace, select_stages(None, None, study.notebooks, without), profile_source="smoke",
+        notebooks=study.notebooks, fresh=True, out=io.StringIO(),
+    )  # fmt: skip
+    assert not stray.exists()
+    assert run.main(["--profile", "laptop", "--only", "06"]) == 1
+    assert "06_ablations is no part of profile 'laptop', which has no section 'ablations'" in capsys.readouterr().err
 
 
 def test_fresh_forgets(study) -> None:

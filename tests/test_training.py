@@ -3,10 +3,6 @@
 import copy
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -223,61 +219,3 @@ def test_a_bf16_model_trains_float32_gates(core, make):
         history = run(model, core, objective=objective, max_steps=8, learning_rate=0.05)
         assert history[-1]["gate_loss"] < history[0]["gate_loss"]
     assert all(layer.gate.weight.dtype == torch.float32 for layer in model.layers.values())
-
-
-# Starts two processes that talk over gloo. They are forked, so that the imports are paid for once.
-SCRIPT = """
-import json, multiprocessing, os, sys, torch
-torch.set_num_threads(1)
-from accelerate import PartialState
-from transformers import LlamaForCausalLM
-from meteora import GateTrainingConfig, MeteoraModel, train_gates
-
-base, adapters, rows, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
-
-class Tokenizer:
-    eos_token_id = pad_token_id = 2
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1] * add_special_tokens + [3 + ord(c) % 61 for c in text]}
-
-def work(rank):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    history = {}
-    for objective in ("joint", "gate"):
-        model = MeteoraModel.from_adapters(LlamaForCausalLM.from_pretrained(base), adapters)
-        config = GateTrainingConfig(objective=objective, max_steps=3, samples_per_step=2, learning_rate=0.01)
-        history[objective] = train_gates(model, rows, config, tokenizer=Tokenizer(), output_dir=f"{out}-{objective}")
-        MeteoraModel.from_pretrained(model.unload(), f"{out}-{objective}")  # every process finds it
-    with open(f"{out}-{rank}.json", "w") as file:
-        json.dump([PartialState().num_processes, history], file)
-    torch.distributed.destroy_process_group()
-
-processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
-for process in processes:
-    process.start()
-for process in processes:
-    process.join()
-sys.exit(max(abs(process.exitcode) for process in processes))
-"""
-
-
-def test_two_processes_give_the_history_of_one(core, tiny_llama, mixed_adapters, tmp_path):
-    tiny_llama.save_pretrained(tmp_path / "base")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    adapters = {"one": mixed_adapters["one"], "two": mixed_adapters["three"]}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    distributed = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = {**os.environ, **distributed, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "script.py", "base", json.dumps(adapters), json.dumps(core.rows()), "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for objective in ("joint", "gate"):
-        model = MeteoraModel.from_adapters(copy.deepcopy(tiny_llama), adapters)
-        expected = run(model, core, objective=objective)
-        for rank in (0, 1):
-            count, history = json.loads((tmp_path / f"out-{rank}.json").read_text())
-            assert count == 2
-            for a, b in zip(history[objective], expected, strict=True):
-                assert a == pytest.approx(b, rel=1e-4, nan_ok=True)

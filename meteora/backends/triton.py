@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meteora.gating import Routing
+from meteora.kernels.packing import pack
 
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -68,13 +69,13 @@ def gated_mix(
 
     Args:
         absolute: choose by the logits' absolute values; not where the gate's gradient is needed.
-        packed: ``meteora.kernels.ops.pack(A, gate)``, for callers that keep it; otherwise it is made in each call.
+        packed: ``meteora.kernels.packing.pack(A, gate)``, for callers that keep it; otherwise it is made in each call.
     """
     from meteora.kernels import ops
 
     _check_dtype(y)
     if packed is None:
-        packed = ops.pack(A.detach(), gate.detach())
+        packed = pack(A.detach(), gate.detach())
     if _needs_gradient(y, x, A, B, gate):
         if absolute:
             raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")

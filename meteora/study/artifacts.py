@@ -37,11 +37,16 @@ class ArtifactError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """A notebook, the stages it builds on, and what it must leave below artifacts/<profile> or results/<profile>."""
+    """A notebook, the stages it builds on, and what it must leave below artifacts/<profile> or results/<profile>.
+
+    Attributes:
+        section: of the profile, without which the stage is no part of its run.
+    """
 
     notebook: str
     needs: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+    section: str | None = None
 
     @property
     def number(self) -> str:
@@ -57,7 +62,7 @@ STAGES = {
         Stage("03_independent_evaluation", ("01", "02"), ("results/metrics/independent.csv",)),
         Stage("04_composite_evaluation", ("01", "02"), ("results/metrics/composite.csv",)),
         Stage("05_kernel_benchmark", ("01",), ("results/metrics/benchmark.csv",)),
-        Stage("06_ablations", ("01", "02"), ("results/metrics/ablations.csv",)),
+        Stage("06_ablations", ("01", "02"), ("results/metrics/ablations.csv",), section="ablations"),
         Stage("07_report", ("00", "01", "02", "03", "04", "05", "06"), ()),
     )
 }
@@ -72,9 +77,23 @@ def find_stage(name: str) -> Stage:
     return STAGES[number]
 
 
-def existing_stages(notebooks: Path = NOTEBOOKS) -> list[Stage]:
-    """The stages whose notebooks are in that folder, in the order in which they run."""
-    return [stage for stage in STAGES.values() if (notebooks / f"{stage.notebook}.ipynb").is_file()]
+def existing_stages(notebooks: Path = NOTEBOOKS, profile: Profile | None = None) -> list[Stage]:
+    """The stages whose notebooks are in that folder, in the order in which they run.
+
+    With ``profile``, those alone for which it has the section that they are about.
+    """
+    stages = [stage for stage in STAGES.values() if (notebooks / f"{stage.notebook}.ipynb").is_file()]
+    return [s for s in stages if profile is None or s.section is None or getattr(profile, s.section) is not None]
+
+
+def left_out(profile: Profile, notebooks: Path = NOTEBOOKS) -> dict[str, str]:
+    """Number -> a sentence, for every stage whose notebook is in that folder and that is no part of a profile's run."""
+    parts = existing_stages(notebooks, profile)
+    return {
+        s.number: f"{s.notebook} is no part of profile {profile.name!r}, which has no section {s.section!r}"
+        for s in existing_stages(notebooks)
+        if s not in parts
+    }
 
 
 class Workspace:
@@ -211,6 +230,24 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ArtifactError("the profile asks for device 'cuda', but torch sees no GPU; set device: auto or cpu.")
     return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory(workspace: Workspace, stage: str, device: torch.device) -> str:
+    """The most memory that this process has held so far, in words; kept for the manifest as that of a stage.
+
+    On a GPU what torch had allocated there, else what the process occupied in the machine's memory.
+    """
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        kind, peak = "GPU", torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if platform.system() == "Darwin" else 1024
+        kind, peak = "main", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    write_json(workspace.artifacts / "stages" / f"{stage}.peak.json", {"memory": kind, "bytes": peak})
+    return f"peak of {kind} memory: {peak / 1e9:.1f} GB"
 
 
 def set_up(profile: Profile) -> torch.device:

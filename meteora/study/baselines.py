@@ -2,51 +2,27 @@
 
 MeteoRA, the base model and PEFT with the right adapter (`peft`, the oracle) are states of one `MeteoraModel` that
 holds the tasks' adapters. Baselines with one adapter for everything (one LoRA trained on all tasks, merged LoRAs) are
-states of a second one that holds those, since forced routing to an adapter *is* stock PEFT with that adapter. Both
-wrap the same base weights.
+states of a second one that holds those, since forced routing to an adapter *is* stock PEFT with that adapter. Methods
+that run in a way of their own are made in files of their own: `arrow.py`, `xlora.py`, `lorahub.py`. All wrap the same
+base weights.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from meteora import MeteoraModel
-from meteora.files import atomic_directory
-from meteora.study.predictions import fingerprint, model_fingerprints
+from meteora.study.predictions import model_fingerprints
 
 Tasks = str | Sequence[str]
 
-
-@dataclass(frozen=True)
-class Merging:
-    """How PEFT's `add_weighted_adapter` is called: its `combination_type`, and what it needs.
-
-    `weight` is every adapter's own; `None` means one over their number. `density` is the share of entries that survive.
-    """
-
-    combination_type: str
-    weight: float | None = None
-    density: float | None = None
-
-
-# linear: the average of the adapters' factors. ties: the setting its paper recommends without validation data
-# (Yadav et al. 2023, arXiv 2306.01708: keep the top 20%, scale 1), with PEFT's default majority sign ("total").
-MERGINGS = {
-    "linear": Merging("linear"),
-    "ties": Merging("ties", weight=1.0, density=0.2),
-}
-METEORA = {"meteora_top1": 1, "meteora_top2": 2}  # name -> top-k
 TRAINED_SINGLE = ("lora_f", "lora_b")  # one adapter trained on several tasks: all data, balanced data
 
 
@@ -56,19 +32,21 @@ class Method:
 
     Attributes:
         name: as in the metrics files.
-        model: the model it runs on.
+        model: the model it runs on, to be called as a Hugging Face causal LM is.
         state: given a task (or one task per sample), a context in which the model is this method.
-        depends_on: the weights that decide its answers, of `predictions.PARTS`.
+        depends_on: what decides its answers, keys of the digests that ``_weights`` gives (see `predictions.PARTS`).
         told_task: whether it has to be told the task: it cannot run on a prompt that mixes tasks.
-        gated: whether the gates' temperature matters to it.
+        gated: whether the gates' temperature matters to it. To a single adapter it does not: its weight is 1.
+        tokens_per_batch: most tokens at once, for a method whose memory grows faster with them than the model's own.
     """
 
     name: str
-    model: MeteoraModel
+    model: torch.nn.Module
     state: Callable[[Tasks], AbstractContextManager]
     depends_on: tuple[str, ...]
     told_task: bool = False
     gated: bool = False
+    tokens_per_batch: int | None = None
     _weights: Callable[[], Mapping[str, str]] = field(default=dict, repr=False)
 
     def active(self, tasks: Tasks = ()) -> AbstractContextManager:
@@ -81,7 +59,7 @@ class Method:
         return {"method": self.name, "weights": {part: weights[part] for part in self.depends_on}}
 
 
-class _Weights:
+class ModelDigests:
     """The digests of a model's weights, computed when first asked for and shared by the methods that run on it."""
 
     def __init__(self, model: MeteoraModel) -> None:
@@ -97,20 +75,24 @@ def build_methods(
     model: MeteoraModel,
     single: MeteoraModel | None = None,
     *,
+    others: Mapping[str, Method] | None = None,
     temperature: float = 1.0,
 ) -> dict[str, Method]:
     """The methods `names`, in that order.
 
     Args:
-        names: of `base`, `peft`, `meteora_topK`, and any adapter that `single` holds (`lora_b`, `linear`, `ties`, ...).
+        names: of `base`, `peft`, `meteora_topK` for any K, any adapter that `single` holds (`lora_b`, `linear`, ...),
+            and `others`.
         model: holds the tasks' adapters, under the tasks' names, and the gates.
         single: holds the adapters that are each used for every task.
+        others: methods that are made already.
         temperature: of the gates; see `with_temperature` for another.
     """
     for wrapped in (model, single):
         if wrapped is not None:
             wrapped.eval()
-    weights, single_weights = _Weights(model), _Weights(single) if single is not None else None
+    weights, single_weights = ModelDigests(model), ModelDigests(single) if single is not None else None
+    others = others or {}
     singles = list(single.adapter_names) if single is not None else []
     methods: dict[str, Method] = {}
     for name in names:
@@ -122,21 +104,23 @@ def build_methods(
             methods[name] = Method(
                 name, model, _route_by_task(model), ("base", "adapters"), True, _weights=lambda: weights.digests
             )
-        elif name in METEORA:
+        elif _top_k(name):
             methods[name] = Method(
                 name,
                 model,
-                _gates(model, METEORA[name], temperature),
+                _gates(model, _top_k(name), temperature),
                 ("base", "adapters", "gates"),
-                gated=True,
+                gated=_top_k(name) > 1,
                 _weights=lambda: weights.digests,
             )
         elif name in singles:
             methods[name] = Method(
                 name, single, _route_to(single, name), ("base", "adapters"), _weights=lambda: single_weights.digests
             )
+        elif name in others:
+            methods[name] = others[name]
         else:
-            known = ["base", "peft", *METEORA, *singles]
+            known = ["base", "peft", "meteora_top1", "meteora_top2", *singles, *others]
             raise ValueError(f"Unknown method {name!r}; there are {', '.join(known)}.")
     return methods
 
@@ -145,8 +129,13 @@ def with_temperature(method: Method, temperature: float) -> Method:
     """The same method with the gates' softmax at `temperature`; one without gates is returned as it is."""
     if not method.gated:
         return method
-    state = _gates(method.model, METEORA[method.name], temperature)
-    return Method(method.name, method.model, state, method.depends_on, gated=True, _weights=method._weights)
+    return replace(method, state=_gates(method.model, _top_k(method.name), temperature))
+
+
+def _top_k(name: str) -> int | None:
+    """The k of `meteora_topK`, `None` for another method."""
+    found = re.fullmatch(r"meteora_top([1-9]\d*)", name)
+    return int(found[1]) if found else None
 
 
 def _route_by_task(model: MeteoraModel) -> Callable[[Tasks], AbstractContextManager]:
@@ -179,66 +168,3 @@ def share_weights(base_model: torch.nn.Module) -> torch.nn.Module:
     """
     tensors = [*base_model.parameters(), *base_model.buffers()]
     return copy.deepcopy(base_model, {id(tensor): tensor for tensor in tensors})
-
-
-def merge_adapters(
-    base_model: torch.nn.Module,
-    adapters: Mapping[str, str | Path],
-    name: str,
-    output_dir: str | Path,
-    *,
-    merging: Merging | None = None,
-) -> Path:
-    """Merge LoRA adapters into one with PEFT's own `add_weighted_adapter`, written as an ordinary PEFT directory.
-
-    Args:
-        base_model: the plain base model; left as it is.
-        adapters: task -> PEFT adapter directory; all of one rank and the same target modules, as PEFT asks.
-        name: of `MERGINGS` unless `merging` is given; also the name of the directory written.
-        output_dir: where `name` is written; a directory there made from the same files and settings is kept.
-
-    Returns:
-        The adapter directory `output_dir/name`.
-    """
-    from peft import PeftModel
-
-    if merging is None and name not in MERGINGS:
-        raise ValueError(f"Unknown merging {name!r}; there are {', '.join(MERGINGS)}.")
-    merging = merging or MERGINGS[name]
-    if not adapters:
-        raise ValueError(f"There are no adapters to merge into {name!r}.")
-    directories = [Path(directory) for directory in adapters.values()]
-    recipe = {
-        "combination_type": merging.combination_type,
-        "weights": [merging.weight if merging.weight is not None else 1 / len(adapters)] * len(adapters),
-        "density": merging.density,
-        "adapters": {task: _content_digest(directory) for task, directory in zip(adapters, directories)},
-    }
-    target = Path(output_dir) / name
-    note = target / "merge.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) == recipe:
-        return target
-
-    numbered = [f"adapter{i}" for i in range(len(adapters))]  # PEFT's names may not contain dots, tasks' names may
-    merged = PeftModel.from_pretrained(share_weights(base_model), directories[0], adapter_name=numbered[0])
-    for number, directory in zip(numbered[1:], directories[1:]):
-        merged.load_adapter(directory, adapter_name=number)
-    options = {} if merging.density is None else {"density": merging.density}
-    merged.add_weighted_adapter(
-        numbered, recipe["weights"], name, combination_type=merging.combination_type, **options
-    )
-    with tempfile.TemporaryDirectory() as scratch, atomic_directory(target) as directory:
-        # embeddings are never adapted here; left to itself, PEFT asks the model hub whether they were
-        merged.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
-        # PEFT puts every adapter but one named "default" into a folder of its own name
-        shutil.copytree(Path(scratch) / name, directory, dirs_exist_ok=True)
-        (directory / note.name).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    return target
-
-
-def _content_digest(directory: Path) -> str:
-    """Digest of an adapter directory's configuration and weights."""
-    files = sorted(p for p in directory.glob("adapter_*") if p.is_file())
-    if not files:
-        raise FileNotFoundError(f"{directory} holds no PEFT adapter (no adapter_config.json).")
-    return fingerprint({file.name: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files})

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from meteora.study.tables import interval_text, label, method_means, require_columns
+from meteora.study.benchmark_results import aims_table
+from meteora.study.tables import interval_text, label, method_means, require_columns, run_label
 
 COLUMNS = ["claim", "paper", "measured here", "n", "command"]
 _CELL = [
@@ -24,11 +25,11 @@ class Finding(NamedTuple):
 
 
 def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFrame:
-    """The paper's claims (arXiv 2405.13053), each with what ``metrics`` say to it.
+    """The paper's claims (arXiv 2405.13053), each with what ``metrics`` say to it; then this project's own aims.
 
     Args:
         metrics: file name without ``.csv`` -> its rows; of ``independent``, ``independent_paired``, ``composite``,
-            ``routing`` and ``benchmark``. Missing ones leave their claims "not measured".
+            ``switching_totals``, ``routing`` and ``benchmark``. Missing ones leave their claims "not measured".
         profile: for the command that measures them.
 
     Returns:
@@ -41,7 +42,8 @@ def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFr
         ("bmm-torch against its bound, a single LoRA", "only 2.5x slower", "05", _bmm_against_bound),
         ("Triton operator against bmm-torch", "about 80% of its speed, at the loop's memory", "05", _triton),
         ("MeteoRA against PEFT with the adapter chosen by hand", "comparable on 28 tasks", "03", _against_peft),
-        ("The gates choose the adapter of the task at hand", "they switch where tasks meet", "03", _routing),
+        ("The gates choose the adapter of the task at hand", "they do", "03", _routing),
+        ("The gates switch adapters where two tasks meet", "they do (Figure 4)", "04", _switching),
     ):
         found.append((claim, paper, notebook, measure(metrics)))
     for claim, paper, measure in (
@@ -51,6 +53,7 @@ def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFr
     ):
         by_size = measure(metrics) or {"n": None}
         found += [(f"Composite-{size}, {claim}", paper, "04", finding) for size, finding in by_size.items()]
+    found += _aims(metrics)
     rows = []
     for claim, paper, notebook, finding in found:
         text, n = finding or (f"not measured: notebook {notebook} has left nothing on it", "")
@@ -58,23 +61,36 @@ def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFr
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def backend_ratios(benchmark: pd.DataFrame, slower: str, faster: str, metric: str = "time_us") -> pd.Series:
-    """``metric`` of one backend over another's in a layer's forward pass, one value for each cell that has both."""
+def backend_ratios(
+    benchmark: pd.DataFrame, slower: str, faster: str, metric: str = "time_us", *, workload: str = "layer"
+) -> pd.Series:
+    """``metric`` of one backend over another's in a forward pass, one value for each cell that has both.
+
+    ``workload``: of one ``layer``, launched alike; or ``tasks``: each task's prompts, through each size of a layer.
+    """
     require_columns(benchmark, [*_CELL, "backend", "metric", "value"], "benchmark.csv")
     frame = benchmark[
-        (benchmark["metric"] == metric) & (benchmark["workload"] == "layer") & (benchmark["mode"] == "forward")
-    ]
-    wide = frame.pivot_table(index=_CELL, columns="backend", values="value", aggfunc="median", dropna=True)
+        (benchmark["metric"] == metric) & (benchmark["workload"] == workload) & (benchmark["mode"] == "forward")
+    ].dropna(subset="value")
+    # Two tasks may have prompts of as many tokens; they are told apart by their order.
+    frame = frame.assign(nth=frame.groupby([*_CELL, "backend"]).cumcount())
+    wide = frame.pivot(index=[*_CELL, "nth"], columns="backend", values="value")
     if not {slower, faster} <= set(wide.columns):
         return pd.Series(dtype=float)
     wide = wide[wide[faster] > 0]
     return (wide[slower] / wide[faster]).dropna()
 
 
-def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+def _time_ratios(metrics: Mapping[str, pd.DataFrame], slower: str, faster: str) -> pd.Series:
+    """As the paper's Figure 5 does it, over the tasks' prompts, if they were measured."""
     if "benchmark" not in metrics:
-        return None
-    parts = {name: backend_ratios(metrics["benchmark"], "loop", name) for name in ("bmm", "dense", "triton")}
+        return pd.Series(dtype=float)
+    workload = "tasks" if (metrics["benchmark"]["workload"] == "tasks").any() else "layer"
+    return backend_ratios(metrics["benchmark"], slower, faster, workload=workload)
+
+
+def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    parts = {name: _time_ratios(metrics, "loop", name) for name in ("bmm", "dense", "triton")}
     parts = {name: ratios for name, ratios in parts.items() if len(ratios)}
     if not parts:
         return None
@@ -91,9 +107,7 @@ def _bmm_against_bound(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
 
 
 def _mean_ratio(metrics: Mapping[str, pd.DataFrame], slower: str, faster: str, word: str) -> Finding | None:
-    if "benchmark" not in metrics:
-        return None
-    ratios = backend_ratios(metrics["benchmark"], slower, faster)
+    ratios = _time_ratios(metrics, slower, faster)
     if ratios.empty:
         return None
     text = f"{ratios.mean():.1f}x {word} on average ({ratios.min():.1f}x to {ratios.max():.1f}x)"
@@ -101,14 +115,24 @@ def _mean_ratio(metrics: Mapping[str, pd.DataFrame], slower: str, faster: str, w
 
 
 def _triton(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
-    if "benchmark" not in metrics:
-        return None
-    speed = backend_ratios(metrics["benchmark"], "bmm", "triton")
+    speed = _time_ratios(metrics, "bmm", "triton")
     if speed.empty:
         return None
     text = f"{100 * speed.mean():.0f}% of bmm's speed"
     memory = backend_ratios(metrics["benchmark"], "triton", "loop", "peak_bytes")
     return Finding(text + (f" at {memory.mean():.1f}x the loop's memory" if len(memory) else ""), len(speed))
+
+
+def _aims(metrics: Mapping[str, pd.DataFrame]) -> list[tuple[str, str, str, Finding]]:
+    """What this project aims at beyond the paper, where its own backends were measured at a layer."""
+    if "benchmark" not in metrics:
+        return []
+    found = []
+    for row in aims_table(metrics["benchmark"]).itertuples():
+        reached = "reached" if row.reached == "yes" else f"not reached in {row.settings - row.within} of {row.settings}"
+        text = f"{reached}: median {row.median:.2f}x, at worst {row.worst:.2f}x ({row.worst_at})"
+        found.append((f"Backend {row.backend}, {row.case}", f"our aim: {row.aim}", "05", Finding(text, row.settings)))
+    return found
 
 
 def _against_peft(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
@@ -163,8 +187,11 @@ def _by_size(wide: pd.DataFrame | None, in_words: Callable[[pd.DataFrame], str])
         return {}
     findings = {}
     for size, of_size in wide.groupby(level="composite", sort=False):
-        settings = of_size.groupby(level=["protocol", "temperature"], sort=False)
-        parts = [f"{protocol}, T={temperature:g}: {in_words(part)}" for (protocol, temperature), part in settings]
+        settings = of_size.groupby(level=["protocol", "shots", "temperature"], sort=False)
+        parts = [
+            f"{run_label(protocol, shots)}, T={temperature:g}: {in_words(part)}"
+            for (protocol, shots, temperature), part in settings
+        ]
         findings[size] = Finding("; ".join(parts), int(of_size["n"].max()))
     return findings
 
@@ -172,13 +199,13 @@ def _by_size(wide: pd.DataFrame | None, in_words: Callable[[pd.DataFrame], str])
 def _ours_and_lora_b(
     metrics: Mapping[str, pd.DataFrame], metric: str, wanted: Callable[[str], bool]
 ) -> pd.DataFrame | None:
-    """MeteoRA's and LoRA-B's values side by side, by composite, protocol and temperature (and sub-task)."""
+    """MeteoRA's and LoRA-B's values side by side, by composite, protocol, shots and temperature (and sub-task)."""
     if "composite" not in metrics:
         return None
     frame = metrics["composite"]
     frame = frame[(frame["metric"] == metric) & frame["subtask"].map(wanted)]
     ours = next((method for method in ("meteora_top2", "meteora_top1") if method in set(frame["method"])), None)
-    keys = ["composite", "protocol", "temperature", "subtask"]
+    keys = ["composite", "protocol", "shots", "temperature", "subtask"]
     if ours is None or "lora_b" not in set(frame["method"]):
         return None
     wide = frame.pivot_table(index=keys, columns="method", values="value", sort=False)[[ours, "lora_b"]].dropna()
@@ -200,6 +227,19 @@ def _routing(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
     spread = f"{by_task.min():.2f} to {by_task.max():.2f}"
     text = f"own adapter's share {by_task.mean():.2f} ({spread}), {1 / adapters:.2f} by chance"
     return Finding(text, len(own))
+
+
+def _switching(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
+    """The share of tokens behind a junction whose dominant adapter is the new task's, in sequential composites."""
+    if "switching_totals" not in metrics:
+        return None
+    frame = metrics["switching_totals"]
+    parts = [
+        f"composite-{size}: "
+        + ", ".join(f"{interval_text(r.value, r.low, r.high)} of the {r.part}'s tokens" for r in rows.itertuples())
+        for size, rows in frame.groupby("composite", sort=False)
+    ]
+    return Finding("own adapter dominant behind a junction; " + "; ".join(parts), int(frame["n"].max()))
 
 
 def published_composite10() -> pd.DataFrame:

@@ -17,12 +17,14 @@ from pathlib import Path
 import pandas
 import torch
 
+from data_prep.prepare import load_split
 from meteora import AdapterError, AdapterTrainingConfig, MeteoraModel, train_adapters
 from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_directory, file_sha256, load_adapter
 from meteora.batches import by_task, encode, micro_batches
 from meteora.files import atomic_directory
 from meteora.study.artifacts import ArtifactError, Workspace, versions, write_json
 from meteora.study.baselines import TRAINED_SINGLE
+from meteora.study.examples import prepare_examples
 from meteora.study.measures import Example, Row
 from meteora.study.predictions import fingerprint
 from meteora.study.records import sources_of
@@ -55,10 +57,11 @@ class Collection:
 def collect_adapters(
     workspace: Workspace, base_model: torch.nn.Module, tokenizer, train: Examples, valid: Examples
 ) -> Collection:
-    """Bring the adapters of the tasks in ``train``, and LoRA-B, into the workspace: copied, or trained.
+    """Bring the adapters of the tasks in ``train``, LoRA-B and LoRA-F into the workspace: copied, or trained.
 
     The profile says where from. Training is skipped if an earlier call left what the same data, settings and code give.
-    LoRA-B is trained on the union of the tasks' samples, and sees in every step as many as all their adapters together.
+    LoRA-B is trained on the union of the tasks' samples, LoRA-F on all training examples there are, large tasks
+    prevailing; both see in every step as many samples as all the tasks' adapters together.
 
     Args:
         base_model: to train them on; given back unchanged.
@@ -85,12 +88,14 @@ def collect_adapters(
         if settings.path is not None:
             single[name] = collect(name, settings.path, workspace.adapters)
             continue
-        if name == "lora_f":
-            raise AdapterError("lora_f takes more data than a profile prepares: name a directory as its source.")
         config = settings.config(profile.seed)
         per_task = (settings if profile.adapters.path else profile.adapters).config().samples_per_step
         config = replace(config, samples_per_step=len(train) * per_task)
-        union, held_out = ({name: [row for rows in part.values() for row in rows]} for part in (train, valid))
+        samples = train
+        if name == "lora_f":
+            folder = prepare_examples(workspace, everything=True)[0]
+            samples = {task: load_split(folder, task, "train") for task in train}
+        union, held_out = ({name: [row for rows in part.values() for row in rows]} for part in (samples, valid))
         history += _train(workspace, base_model, tokenizer, union, held_out, config)
         single[name] = adapter_directory(workspace.adapters, name)
     return Collection(found, single, history)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from data_prep.composite import CompositeItem, parse_answers
 from meteora.study.baselines import Method, with_temperature
-from meteora.study.evaluation import iterate_answers
+from meteora.study.evaluation import iterate_answers, smaller
 from meteora.study.guided import GuidedNumbering
 from meteora.study.measures import Row, interval_row, strict_scores, task_rows
 from meteora.study.predictions import file_name, reuse_or_produce
@@ -47,6 +47,7 @@ def predict_composite(
     predictions_dir: str | Path,
     limits: Mapping[str, int],
     batch_size: int,
+    tokens_per_batch: int | None = None,
     temperatures: Sequence[float] = (1.0,),
     progress: bool = True,
 ) -> CompositePredictions:
@@ -62,6 +63,7 @@ def predict_composite(
         protocol: one of `PROTOCOLS`.
         limits: task -> most new tokens of one answer. In `numbered` and `guided` each line may take the largest of
             them.
+        batch_size: items at once; fewer where their prompts are more than `tokens_per_batch` tokens.
         temperatures: of the gates' softmax over the chosen adapters (the paper: 15, 20, 30 for composite-3, 5, 10).
     """
     if protocol not in PROTOCOLS:
@@ -74,14 +76,13 @@ def predict_composite(
         for method in methods.values()
         for i in range(len(temperatures) if method.gated else 1)
     ]
+    sizes = batch_size, tokens_per_batch
     predictions: CompositePredictions = {name: {} for name in methods}
     with tqdm(total=len(runs) * len(items), unit="item", disable=not progress) as bar:
         for method, ran_for in runs:
             bar.set_description(f"{protocol}: {method.name}" + (f", T={ran_for[0]:g}" if method.gated else ""))
             run = with_temperature(method, ran_for[0])
-            answers = _predict_run(
-                run, ran_for[0], items, protocol, tokenizer, Path(predictions_dir), limits, batch_size, bar
-            )
+            answers = _predict_run(run, ran_for[0], items, protocol, tokenizer, Path(predictions_dir), limits, sizes, bar)
             predictions[method.name] |= {temperature: answers for temperature in ran_for}
     return predictions
 
@@ -94,7 +95,7 @@ def _predict_run(
     tokenizer,
     predictions_dir: Path,
     limits: Mapping[str, int],
-    batch_size: int,
+    sizes: tuple[int, int | None],
     bar: tqdm,
 ) -> Answers:
     n = len(items[0].examples)
@@ -114,7 +115,7 @@ def _predict_run(
 
     def produce(missing: list[int]) -> Iterator[dict[int, Any]]:
         nonlocal done
-        for batch in _batches(method, [items[i] for i in missing], protocol, n, tokenizer, limits, batch_size):
+        for batch in _batches(method, [items[i] for i in missing], protocol, n, tokenizer, limits, *sizes):
             yield {missing[i]: prediction for i, prediction in batch.items()}
             bar.update(len(batch))
             done += len(batch)
@@ -135,9 +136,14 @@ def _batches(
     tokenizer,
     limits: Mapping[str, int],
     batch_size: int,
+    tokens_per_batch: int | None,
 ) -> Iterator[dict[int, Any]]:
     """Predictions as they are stored: the generated text, or for `sequential` one text per answer."""
+    tokens_per_batch = smaller(tokens_per_batch, method.tokens_per_batch)
     if protocol == "sequential":
+        if tokens_per_batch is not None:
+            longest = max(len(tokenizer(example["prompt"])["input_ids"]) for item in items for example in item.examples)
+            batch_size = min(batch_size, max(1, tokens_per_batch // longest))
         for batch in answer_in_sequence(
             method.model,
             tokenizer,
@@ -160,6 +166,7 @@ def _batches(
             [item.prompt for item in items],
             batch_size=batch_size,
             max_new_tokens=guide.max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
             **guided,
         )
 

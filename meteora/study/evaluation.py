@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from meteora.study.baselines import Method
 from meteora.study.decoding import EncodedPrefix, ScoreProcessor, TranscriptBatch, common_prefix_length
 from meteora.study.measures import Example, Row, strict_scores, task_rows
-from meteora.study.predictions import file_name, reuse_or_produce
+from meteora.study.predictions import PredictionFile, file_name
 from meteora.study.statistics import paired_difference_over_tasks
 
 Accuracies = dict[str, dict[str, list[float]]]  # method -> task -> 1.0 or 0.0 per sample
@@ -35,12 +35,19 @@ def iterate_answers(
     prompts: Sequence[str],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
+    tokens_per_batch: int | None = None,
     processor: ScoreProcessor | None = None,
     decode: Callable[[list[int]], str] | None = None,
     reuse_prefix: bool = True,
 ) -> Iterator[dict[int, str]]:
-    """Greedy answers, one batch after another as {position in `prompts`: answer}. See `generate_answers`."""
+    """Greedy answers, one batch after another as {position in `prompts`: answer}. See `generate_answers`.
+
+    Args:
+        max_new_tokens: of all answers, or of each.
+        tokens_per_batch: most tokens of the prompts in a batch, pads included (but one prompt at least).
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     shared = common_prefix_length(encoded) if reuse_prefix else 0
     prefix = EncodedPrefix(model, encoded[0][:shared]) if shared else None
@@ -48,8 +55,11 @@ def iterate_answers(
         decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True).strip()  # noqa: E731
     # longest first: little padding, and memory that suffices for the first batch suffices for all
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    while order:
+        fitting = batch_size
+        if tokens_per_batch is not None:
+            fitting = min(batch_size, max(1, tokens_per_batch // len(encoded[order[0]])))
+        batch, order = order[:fitting], order[fitting:]
         transcripts = TranscriptBatch(
             model,
             len(batch),
@@ -58,7 +68,7 @@ def iterate_answers(
             prefix=prefix,
         )
         transcripts.extend([encoded[i][shared:] for i in batch])
-        answers = transcripts.decode([max_new_tokens] * len(batch), processor=processor, last=True)
+        answers = transcripts.decode([limits[i] for i in batch], processor=processor, last=True)
         yield {i: decode(answer) for i, answer in zip(batch, answers, strict=True)}
 
 
@@ -105,61 +115,77 @@ def predict_independent(
     predictions_dir: str | Path,
     batch_size: int,
     max_new_tokens: int | Mapping[str, int],
+    tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, list[str]]]:
     """Answers of every method to every task's examples, as method -> task -> one string per example.
 
     They are stored in `predictions_dir/independent/<method>/<task>.jsonl` after every batch, and taken from there as
-    long as weights, method, prompts and settings are the same.
+    long as weights, method, prompts and settings are the same. How answers are batched is no part of that: it changes
+    none of them, up to rounding.
     """
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = dict.fromkeys(examples, max_new_tokens)
     total = len(methods) * sum(map(len, examples.values()))
     answers: dict[str, dict[str, list[str]]] = {}
     with tqdm(total=total, unit="answer", disable=not progress) as bar:
         for name, method in methods.items():
-            answers[name] = {}
-            for task, rows in examples.items():
-                bar.set_description(f"{name}: {task}")
-                limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[task]
-                answers[name][task] = _predict_task(
-                    method, task, rows, tokenizer, Path(predictions_dir), batch_size, limit, bar
-                )
+            files = {
+                task: _prediction_file(method, task, rows, Path(predictions_dir), max_new_tokens[task])
+                for task, rows in examples.items()
+            }
+            bar.update(sum(len(file.ids) - len(file.missing()) for file in files.values()))
+            for group in _groups(method, examples, max_new_tokens, batch_size):
+                bar.set_description(f"{name}: {group[0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
+                places = [(task, i) for task in group for i in files[task].missing()]
+                if not places:
+                    continue
+                with method.active(group[0]):
+                    for batch in iterate_answers(
+                        method.model,
+                        tokenizer,
+                        [examples[task][i]["prompt"] for task, i in places],
+                        batch_size=batch_size,
+                        max_new_tokens=[max_new_tokens[task] for task, _ in places],
+                        tokens_per_batch=smaller(tokens_per_batch, method.tokens_per_batch),
+                    ):
+                        for task in group:
+                            own = {places[n][1]: text for n, text in batch.items() if places[n][0] == task}
+                            if own:
+                                files[task].add(own)
+                        bar.update(len(batch))
+            answers[name] = {task: file.all() for task, file in files.items()}
     return answers
 
 
-def _predict_task(
-    method: Method,
-    task: str,
-    rows: Sequence[Example],
-    tokenizer,
-    predictions_dir: Path,
-    batch_size: int,
-    limit: int,
-    bar: tqdm,
-) -> list[str]:
-    """One method on one task. Batch size is no part of the fingerprint: padding and batching change no answer."""
-    prompts = [row["prompt"] for row in rows]
-    header = {**method.identity(), "task": task, "prompts": dict(zip((row["id"] for row in rows), prompts))}
+def _prediction_file(
+    method: Method, task: str, rows: Sequence[Example], predictions_dir: Path, limit: int
+) -> PredictionFile:
+    ids = [row["id"] for row in rows]
+    header = {**method.identity(), "task": task, "prompts": dict(zip(ids, (row["prompt"] for row in rows)))}
     header |= {"max_new_tokens": limit}
-    done = 0
+    return PredictionFile(predictions_dir / file_name("independent", method.name, task), header, ids)
 
-    def produce(missing: list[int]) -> Iterator[dict[int, str]]:
-        nonlocal done
-        with method.active(task):
-            for batch in iterate_answers(
-                method.model,
-                tokenizer,
-                [prompts[i] for i in missing],
-                batch_size=batch_size,
-                max_new_tokens=limit,
-            ):
-                yield {missing[i]: answer for i, answer in batch.items()}
-                bar.update(len(batch))
-                done += len(batch)
 
-    path = predictions_dir / file_name("independent", method.name, task)
-    answers = reuse_or_produce(path, header, [row["id"] for row in rows], produce)
-    bar.update(len(rows) - done)
-    return answers
+def _groups(
+    method: Method, examples: Mapping[str, Sequence[Example]], limits: Mapping[str, int], batch_size: int
+) -> list[list[str]]:
+    """The tasks that are answered together: each alone, unless batches have room for more than one task's examples.
+
+    A step of decoding takes about the same time for few rows as for many, so tasks whose answers may be about equally
+    long (within a factor of two) then share batches. A method that is told the task takes one task at a time.
+    """
+    if method.told_task or batch_size <= max(map(len, examples.values())):
+        return [[task] for task in examples]
+    groups: dict[int, list[str]] = {}
+    for task in examples:
+        groups.setdefault(limits[task].bit_length(), []).append(task)
+    return list(groups.values())
+
+
+def smaller(first: int | None, second: int | None) -> int | None:
+    """The smaller of two limits, `None` being none."""
+    return min((limit for limit in (first, second) if limit is not None), default=None)
 
 
 class IndependentResult(NamedTuple):
@@ -184,6 +210,7 @@ def evaluate_independent(
     predictions_dir: str | Path,
     batch_size: int,
     max_new_tokens: int | Mapping[str, int],
+    tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> IndependentResult:
     """Every method on every task: answers (`predict_independent`), metrics with 95% bootstrap intervals, accuracies."""
@@ -194,6 +221,7 @@ def evaluate_independent(
         predictions_dir=predictions_dir,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
     rows: list[Row] = []

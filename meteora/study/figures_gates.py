@@ -7,7 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from meteora.study.figures_style import BLUE, GREY, styled
+from meteora.study.figures_style import BLUE, GREY, legend_below, styled
 from meteora.study.tables import require_columns
 
 
@@ -54,4 +54,36 @@ def accuracy_by_position(positions: pd.DataFrame, *, adapters: int) -> Figure:
     upper.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
     lower.fill_between(positions["position"], positions["tokens"], color=GREY, alpha=0.5, linewidth=0)
     lower.set(xlabel="place in the text (tokens)", ylabel="texts", ylim=(0, None))
+    return figure
+
+
+@styled
+def switching_curves(switching: pd.DataFrame, *, adapters: int, most: int = 48) -> Figure:
+    """How soon behind a junction the gates are at the new task's adapter, in its prompt and in its answer.
+
+    Args:
+        switching: rows ``composite,part,distance,own,previous,weight,tokens``.
+        adapters: draws the share of guessing among so many.
+        most: tokens behind the junction that are shown; fewer where there are few texts so long.
+    """
+    require_columns(switching, ("composite", "part", "distance", "own", "previous", "tokens"), "switching.csv")
+    sizes, parts = sorted(switching["composite"].unique()), list(dict.fromkeys(switching["part"]))
+    figure = plt.figure(figsize=(1.0 + 3.7 * len(parts), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    colors = sns.color_palette("cividis", len(sizes)).as_hex() if len(sizes) > 1 else [BLUE]
+    for axes, part in zip(panels, parts):
+        for size, color, marker in zip(sizes, colors, "os^Dv<>"):
+            frame = switching[(switching["part"] == part) & (switching["composite"] == size)]
+            # what is left of the curve where texts grow few is noise
+            frame = frame[(frame["distance"] < most) & (frame["tokens"] >= 0.1 * frame["tokens"].max())]
+            options = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.3}
+            axes.plot(frame["distance"] + 1, frame["own"], label=f"own, composite-{size}", **options)
+            axes.plot(
+                frame["distance"] + 1, frame["previous"], linestyle=":", markerfacecolor="white",
+                label=f"previous, composite-{size}", **options,
+            )  # fmt: skip
+        axes.axhline(1 / adapters, color=GREY, linestyle="--", linewidth=1, label=f"guessing among {adapters}")
+        axes.set(title=f"{part} tokens", xlabel=f"token of the {part}", ylim=(-0.02, 1.02))
+    panels[0].set_ylabel("share of tokens by dominant adapter")
+    legend_below(figure, panels[0], columns=3)
     return figure

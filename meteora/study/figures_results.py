@@ -110,7 +110,9 @@ def figure3_dots(
 
 @styled
 def composite_summary(composite: pd.DataFrame) -> Figure:
-    """Attempted (hollow) and correct (filled) answers per item: a column a protocol, a row a composite and temperature.
+    """Attempted (hollow) and correct (filled) answers per item: a row a composite and temperature, a column a protocol.
+
+    A protocol that was run with and without examples has a column for each.
 
     Args:
         composite: rows ``composite,protocol,shots,temperature,subtask,method,metric,value,low,high,n``.
@@ -120,20 +122,21 @@ def composite_summary(composite: pd.DataFrame) -> Figure:
     if frame.empty:
         raise ValueError("composite.csv has no rows of sub-task ALL; run the composite evaluation again.")
     methods = in_order(frame["method"])
-    panels = {key: part for key, part in frame.groupby(["composite", "temperature", "protocol"], sort=False)}
-    protocols = list(dict.fromkeys(protocol for _, _, protocol in panels))
+    keys = ["composite", "temperature", "protocol", "shots"]
+    panels = {(*key[:2], key[2:]): part for key, part in frame.groupby(keys, sort=False)}
+    runs = list(dict.fromkeys(run for _, _, run in panels))
     rows = list(dict.fromkeys((size, temperature) for size, temperature, _ in panels))
     height = 0.7 + len(rows) * (0.9 + 0.28 * len(methods))
-    figure = plt.figure(figsize=(1.3 + 2.9 * len(protocols), height), layout="constrained")
-    grid = figure.subplots(len(rows), len(protocols), squeeze=False, sharey=True)
+    figure = plt.figure(figsize=(1.3 + 2.9 * len(runs), height), layout="constrained")
+    grid = figure.subplots(len(rows), len(runs), squeeze=False, sharey=True)
     for (size, temperature), line in zip(rows, grid):
-        for protocol, axes in zip(protocols, line):
-            part = panels.get((size, temperature, protocol))
+        for run, axes in zip(runs, line):
+            part = panels.get((size, temperature, run))
             if part is None:
                 axes.set_visible(False)
             else:
                 _composite_panel(axes, part, methods, size)
-                axes.set_title(f"composite-{size}, {protocol}\n{part['shots'].iloc[0]}-shot, T = {temperature:g}")
+                axes.set_title(f"composite-{size}, {run[0]}\n{run[1]}-shot, T = {temperature:g}")
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", color="#333333", markerfacecolor=face, label=text)
         for face, text in (("white", "attempted"), ("#333333", "correct"))

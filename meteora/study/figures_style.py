@@ -35,6 +35,7 @@ BACKEND_STYLES = {
     "bmm": (ORANGE, "^", "-."),
     "dense": (BLUE, "o", "-"),
     "triton": (PINK, "D", "-"),
+    "auto": (GREEN, "P", ":"),
     "single_lora": ("#000000", "v", "--"),
     "base": (GREY, "X", "--"),
 }
@@ -42,7 +43,8 @@ BACKEND_LABELS = {
     "loop": "loop (per token's adapter)",
     "bmm": "bmm (gathered weights)",
     "dense": "dense (all adapters, masked)",
-    "triton": "triton",
+    "triton": "triton (fused kernels)",
+    "auto": "auto (whichever is best)",
     "single_lora": "bound: one LoRA",
     "base": "bound: frozen layer alone",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.sources import BIGBENCH, SMOLLM2, PackageFile, cache_root
 from data_prep.tasks import get_task
-from meteora.study.artifacts import Stage, Workspace
+from meteora.study.artifacts import Stage, Workspace, left_out
 from meteora.study.profiles import Profile
 from meteora.study.records import Records
 
@@ -67,6 +67,7 @@ def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | N
         reason = records.why_run(stage)
         would = f"would run, as {reason}" if reason else "would be skipped, up to date"
         lines.append(f"  {stage.notebook}: {would}")
+    lines += [f"  {sentence}" for sentence in left_out(profile, records.notebooks).values()]
     lines += ["", f"Downloads (kept in {cache_root(profile.cache)} and the Hugging Face cache):"]
     missing = downloads(profile)
     for download in missing:

@@ -67,6 +67,44 @@ def file_name(*parts: str) -> Path:
     return Path(*folders, f"{name}.jsonl")
 
 
+class PredictionFile:
+    """The predictions for some examples: what `path` holds of them already, and what is added.
+
+    Args:
+        path: a `.jsonl` file, absent at first.
+        header: everything that decides the predictions, JSON-serialisable; another one discards what `path` holds.
+        ids: distinct names of the examples.
+    """
+
+    def __init__(self, path: str | Path, header: Mapping[str, Any], ids: Sequence[str]) -> None:
+        self.path, self.ids = Path(path), list(ids)
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError(f"The examples for {self.path.name} do not have distinct ids; prepare the data again.")
+        mark = fingerprint(header)
+        self._header = {"fingerprint": mark, **header}
+        self._known = _read(self.path, mark)
+        if not self.missing():
+            logger.info("%s: all %d predictions are up to date", self.path, len(self.ids))
+
+    def missing(self) -> list[int]:
+        """The positions in `ids` for which there is no prediction yet."""
+        return [i for i, name in enumerate(self.ids) if name not in self._known]
+
+    def add(self, batch: Mapping[int, Any]) -> None:
+        """Store predictions as position -> JSON-serialisable prediction."""
+        self._known |= {self.ids[i]: prediction for i, prediction in batch.items()}
+        _write(self.path, self._header, {name: self._known[name] for name in self.ids if name in self._known})
+
+    def all(self) -> list[Any]:
+        """One prediction per id."""
+        lost = [self.ids[i] for i in self.missing()]
+        if lost:
+            raise RuntimeError(
+                f"No prediction was produced for {lost[0]!r} and {len(lost) - 1} other examples of {self.path}."
+            )
+        return [self._known[name] for name in self.ids]
+
+
 def reuse_or_produce(
     path: Path,
     header: Mapping[str, Any],
@@ -76,31 +114,15 @@ def reuse_or_produce(
     """The predictions for `ids`, taken from `path` where it has them and produced and stored where not.
 
     Args:
-        path: a `.jsonl` file, absent at first.
-        header: everything that decides the predictions, JSON-serialisable; another one discards what `path` holds.
-        ids: distinct names of the examples.
+        path, header, ids: as of `PredictionFile`.
         produce: given the positions in `ids` that are missing, yields one batch after another as position ->
             prediction.
-
-    Returns:
-        One JSON-serialisable prediction per id.
     """
-    path, ids = Path(path), list(ids)
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"The examples for {path.name} do not have distinct ids; prepare the data again.")
-    mark = fingerprint(header)
-    known = _read(path, mark)
-    missing = [i for i, name in enumerate(ids) if name not in known]
-    if not missing:
-        logger.info("%s: all %d predictions are up to date", path, len(ids))
-        return [known[name] for name in ids]
-    for batch in produce(missing):
-        known |= {ids[i]: prediction for i, prediction in batch.items()}
-        _write(path, {"fingerprint": mark, **header}, {name: known[name] for name in ids if name in known})
-    lost = [name for name in ids if name not in known]
-    if lost:
-        raise RuntimeError(f"No prediction was produced for {lost[0]!r} and {len(lost) - 1} other examples of {path}.")
-    return [known[name] for name in ids]
+    file = PredictionFile(path, header, ids)
+    missing = file.missing()
+    for batch in produce(missing) if missing else ():
+        file.add(batch)
+    return file.all()
 
 
 def _read(path: Path, mark: str) -> dict[str, Any]:

@@ -16,50 +16,27 @@ import yaml
 
 from data_prep.errors import UnknownTaskError
 from data_prep.tasks import get_task
-from meteora.config import BACKENDS, AdapterTrainingConfig, GateTrainingConfig
+from meteora.config import BACKENDS, AdapterTrainingConfig, GateTrainingConfig, TrainingConfig
+from meteora.study.ablation_settings import AblationSettings
+from meteora.study.checks import at_least, distinct, one_of, training_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROFILES = REPOSITORY / "notebooks" / "profiles"
 
-METHODS = ("base", "peft", "meteora_top1", "meteora_top2", "lora_f", "lora_b", "linear", "ties")
+METHODS = (
+    "base", "peft", "meteora_top1", "meteora_top2", "lora_f", "lora_b", "linear", "ties", "dare", "arrow", "xlora",
+    "lorahub",
+)  # fmt: skip
 PROTOCOLS = ("numbered", "guided", "sequential")
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+ROUTINGS = ("uniform", "runs")
+MODES = ("forward", "backward")
+LAUNCHES = ("eager", "graph")
 
 
 class ProfileError(ValueError):
     """A profile that cannot be used; the message is one sentence with the file, the key and the mend."""
-
-
-def _at_least(minimum: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, not {value!r}")
-
-
-def _one_of(known: typing.Iterable, **values: Any) -> None:
-    known = tuple(known)
-    for name, value in values.items():
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in known:
-                raise ValueError(f"{name} has no choice {item!r}; known are {', '.join(map(str, known))}")
-
-
-def _distinct(**values: tuple) -> None:
-    for name, value in values.items():
-        if not value:
-            raise ValueError(f"{name} must name at least one")
-        if len(set(value)) < len(value):
-            raise ValueError(f"{name} names one twice: {', '.join(map(str, value))}")
-
-
-def _training(cls: type, key: str, options: dict[str, Any], **common: Any) -> Any:
-    """``cls(**common, **options)``, with an unknown option named instead of a TypeError."""
-    known = [f.name for f in dataclasses.fields(cls) if f.name not in common or f.name == "seed"]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{key} has no option {option!r}; known are {', '.join(known)}")
-    return cls(**{**common, **options})
 
 
 @dataclass(frozen=True)
@@ -71,8 +48,8 @@ class ModelSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of(DTYPES, dtype=self.dtype)
-        _one_of(DEVICES, device=self.device)
+        one_of(DTYPES, dtype=self.dtype)
+        one_of(DEVICES, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -81,16 +58,18 @@ class DataSettings:
 
     Attributes:
         transcripts: how many contexts that hold training examples of several tasks the gates are shown besides.
+        max_characters: leaves out longer examples (prompt and response), which fit no context window.
     """
 
     train: int | None = None
     valid: int | None = None
     test: int | None = None
     transcripts: int = 0
+    max_characters: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, train=self.train, valid=self.valid, test=self.test)
-        _at_least(0, transcripts=self.transcripts)
+        at_least(1, train=self.train, valid=self.valid, test=self.test, max_characters=self.max_characters)
+        at_least(0, transcripts=self.transcripts)
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,8 @@ class AdapterSettings:
 
     Attributes:
         source: ``train``, or where they lie: a folder with one PEFT directory per task (for ``adapters``), or one PEFT
-            directory (for ``lora_b``, ``lora_f``). Relative paths start at the repository.
+            directory (for ``lora_b``, ``lora_f``). Relative paths start at the repository. Trained here, ``lora_b``
+            sees the examples that all adapters together see, ``lora_f`` every training example that there is.
         rank, alpha: of adapters that are trained.
         training: further fields of `meteora.AdapterTrainingConfig`.
     """
@@ -116,25 +96,44 @@ class AdapterSettings:
 
     def config(self, seed: int = 0) -> AdapterTrainingConfig:
         """How they are trained; ``seed`` holds unless ``training`` has one."""
-        return _training(AdapterTrainingConfig, "training", self.training, rank=self.rank, alpha=self.alpha, seed=seed)
+        return training_config(AdapterTrainingConfig, "training", self.training, rank=self.rank, alpha=self.alpha, seed=seed)
 
     def __post_init__(self) -> None:
         self.config()
 
 
 @dataclass(frozen=True)
+class LorahubSettings:
+    """How LoRAHub composes an adapter: from so many training ``examples`` of a task, in so many ``evaluations``."""
+
+    examples: int = 5
+    evaluations: int = 40
+
+    def __post_init__(self) -> None:
+        at_least(1, examples=self.examples)
+        at_least(2, evaluations=self.evaluations)
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
-    """Independent evaluation: ``test_samples`` of each task, at most ``max_new_tokens`` tokens an answer."""
+    """Independent evaluation: ``test_samples`` of each task, at most ``max_new_tokens`` tokens an answer.
+
+    Attributes:
+        batch_size: answers at once. Where more of them fit than a task has samples, tasks are answered together.
+        tokens_per_batch: most tokens of a batch's prompts, pads included; any number if it is not given.
+    """
 
     methods: tuple[str, ...]
     test_samples: int
     batch_size: int
     max_new_tokens: int
+    tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        _distinct(methods=self.methods)
-        _one_of(METHODS, methods=self.methods)
-        _at_least(1, test_samples=self.test_samples, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        distinct(methods=self.methods)
+        one_of(METHODS, methods=self.methods)
+        at_least(1, test_samples=self.test_samples, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        at_least(1, tokens_per_batch=self.tokens_per_batch)
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,9 @@ class CompositeSettings:
         items: composites of each size.
         methods: of which ``peft`` takes part in ``sequential`` alone, where it can be told the task of each problem.
         temperature: number of tasks -> what divides the gates' chosen logits; 1 where none is given.
+        zero_shot: of the protocols, those that are run without solved examples as well.
         batch_size: composites that are answered together.
+        traced: so many composites of each size are looked at token by token, for the gates' choice at the junctions.
     """
 
     sizes: dict[int, tuple[str, ...]]
@@ -156,18 +157,21 @@ class CompositeSettings:
     temperature: dict[int, float]
     max_new_tokens_per_answer: int
     shots: int = 2
+    zero_shot: tuple[str, ...] = ()
     batch_size: int = 8
+    traced: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(1, items=self.items, max_new_tokens_per_answer=self.max_new_tokens_per_answer)
-        _at_least(1, batch_size=self.batch_size)
-        _at_least(0, shots=self.shots)
-        _distinct(sizes=tuple(self.sizes), protocols=self.protocols, methods=self.methods)
-        _one_of(PROTOCOLS, protocols=self.protocols)
-        _one_of(METHODS, methods=self.methods)
-        _one_of(self.sizes, temperature=tuple(self.temperature))
+        at_least(1, items=self.items, max_new_tokens_per_answer=self.max_new_tokens_per_answer)
+        at_least(1, batch_size=self.batch_size, traced=self.traced)
+        at_least(0, shots=self.shots)
+        distinct(sizes=tuple(self.sizes), protocols=self.protocols, methods=self.methods)
+        one_of(PROTOCOLS, protocols=self.protocols)
+        one_of((p for p in self.protocols if p != "sequential"), zero_shot=self.zero_shot)
+        one_of(METHODS, methods=self.methods)
+        one_of(self.sizes, temperature=tuple(self.temperature))
         for size, tasks in self.sizes.items():
-            _distinct(**{f"sizes.{size}": tasks})
+            distinct(**{f"sizes.{size}": tasks})
             if len(tasks) != size:
                 raise ValueError(f"sizes.{size} names {len(tasks)} tasks instead of {size}")
         for size, value in self.temperature.items():
@@ -176,25 +180,83 @@ class CompositeSettings:
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings:
-    """What the backends are timed on: every combination of the lists, for linear layers (in, out) of ``layers``."""
+class LayerStudy:
+    """What one linear layer's mixture is measured in: every combination of the lists.
 
-    backends: tuple[str, ...]
+    Attributes:
+        sizes: (in, out) of the layer.
+        tokens, adapters, ranks, top_k: of a call; where there are fewer adapters than ``top_k``, all of them.
+        routings: ``uniform``: every token chooses for itself; ``runs``: neighbours agree, as within a task's prompt.
+        modes: ``forward``, ``backward``.
+        launches: ``eager``, ``graph``; what no CUDA graph can hold is timed eagerly, as everything is on a CPU.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
     adapters: tuple[int, ...]
-    layers: tuple[tuple[int, int], ...]
-    rank: int = 8
-    top_k: int = 2
-    dtype: str = "float32"
-    repeats: int = 5
+    ranks: tuple[int, ...] = (8,)
+    top_k: tuple[int, ...] = (2,)
+    routings: tuple[str, ...] = ("uniform",)
+    modes: tuple[str, ...] = MODES
+    launches: tuple[str, ...] = ("eager",)
 
     def __post_init__(self) -> None:
-        for name in ("backends", "tokens", "adapters", "layers"):
-            _distinct(**{name: getattr(self, name)})
-        _one_of(BACKENDS, backends=self.backends)
-        _one_of(DTYPES, dtype=self.dtype)
-        _at_least(1, tokens=min(self.tokens), adapters=min(self.adapters), layers=min(map(min, self.layers)))
-        _at_least(1, rank=self.rank, top_k=self.top_k, repeats=self.repeats)
+        for f in dataclasses.fields(self):
+            distinct(**{f.name: getattr(self, f.name)})
+        one_of(ROUTINGS, routings=self.routings)
+        one_of(MODES, modes=self.modes)
+        one_of(LAUNCHES, launches=self.launches)
+        at_least(1, sizes=min(map(min, self.sizes)), tokens=min(self.tokens), adapters=min(self.adapters))
+        at_least(1, ranks=min(self.ranks), top_k=min(self.top_k))
+
+
+@dataclass(frozen=True)
+class PromptStudy:
+    """The paper's Figure 5: the strategies over the first ``prompts`` test prompts of each task.
+
+    Attributes:
+        sizes: (in, out) of the layers that the prompts' tokens run through.
+        repeats: passes over the prompts.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    prompts: int
+    rank: int = 8
+    top_k: int = 2
+    routings: tuple[str, ...] = ROUTINGS
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        distinct(sizes=self.sizes, routings=self.routings)
+        one_of(ROUTINGS, routings=self.routings)
+        at_least(1, sizes=min(map(min, self.sizes)), prompts=self.prompts, rank=self.rank, top_k=self.top_k)
+        at_least(1, repeats=self.repeats)
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What the backends are timed on.
+
+    Attributes:
+        layers: one linear layer, in settings of your choice.
+        tasks: the tasks' real prompts.
+        repeats: how often a call is timed, at most.
+        seconds: how long a call is repeated for at most, three times in any case.
+    """
+
+    backends: tuple[str, ...]
+    layers: tuple[LayerStudy, ...]
+    tasks: PromptStudy
+    dtype: str = "float32"
+    repeats: int = 5
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        distinct(backends=self.backends, layers=self.layers)
+        one_of(BACKENDS, backends=self.backends)
+        one_of(DTYPES, dtype=self.dtype)
+        at_least(1, repeats=self.repeats)
+        at_least(0, seconds=self.seconds)
 
 
 @dataclass(frozen=True)
@@ -213,6 +275,7 @@ class Profile:
     """One run of the study.
 
     Attributes:
+        xlora: how X-LoRA's classifier is trained, where that differs from how the gates are.
         root: where artifacts/ and results/ go (default: the repository).
         cache: where downloads are kept (default: ~/.cache/meteora).
     """
@@ -230,14 +293,23 @@ class Profile:
     needs: Needs
     lora_b: AdapterSettings | None = None
     lora_f: AdapterSettings | None = None
+    xlora: dict[str, Any] = field(default_factory=dict)
+    lorahub: LorahubSettings = LorahubSettings()
+    ablations: AblationSettings | None = None
     seed: int = 0
     threads: int | None = None
     root: str | None = None
     cache: str | None = None
 
-    def gate_config(self) -> GateTrainingConfig:
+    def gate_config(self, **changes: Any) -> GateTrainingConfig:
         """How the gates are trained: the fields of ``gates``, with the profile's seed unless they have one."""
-        return _training(GateTrainingConfig, "gates", self.gates, seed=self.seed)
+        return training_config(GateTrainingConfig, "gates", {**self.gates, **changes}, seed=self.seed)
+
+    def xlora_config(self) -> TrainingConfig:
+        """How X-LoRA's classifier is trained: as the gates, at a learning rate of its own, and with ``xlora``."""
+        gates = self.gate_config()
+        common = {f.name: getattr(gates, f.name) for f in dataclasses.fields(TrainingConfig)}
+        return training_config(TrainingConfig, "xlora", {**common, "learning_rate": 1e-3, **self.xlora})
 
     def to_dict(self) -> dict[str, Any]:
         """Every value, as plain dicts and tuples."""
@@ -246,17 +318,37 @@ class Profile:
     def __post_init__(self) -> None:
         if not self.name or set(self.name) & set("/\\ ") or self.name.startswith("."):
             raise ValueError(f"name must be a plain word, as it names folders, not {self.name!r}")
-        _at_least(0, seed=self.seed)
-        _at_least(1, threads=self.threads)
-        _distinct(tasks=self.tasks)
+        at_least(0, seed=self.seed)
+        at_least(1, threads=self.threads)
+        distinct(tasks=self.tasks)
         for task in self.tasks:
             get_task(task)
         self.gate_config()
+        self.xlora_config()
         for tasks in self.composite.sizes.values():
-            _one_of(self.tasks, **{"composite.sizes": tasks})
+            one_of(self.tasks, **{"composite.sizes": tasks})
+        self._check_ablations()
         for method in ("lora_b", "lora_f"):
             if getattr(self, method) is None and method in self.evaluation.methods + self.composite.methods:
                 raise ValueError(f"the methods have {method}, so the profile needs a section {method}")
+
+
+    def _check_ablations(self) -> None:
+        settings = self.ablations
+        if settings is None:
+            return
+        for options in settings.gates.values():
+            self.gate_config(**options)
+        one_of(METHODS, **{"ablations.composite_methods": settings.composite_methods})
+        some = tuple(task for task in (settings.added_task,) if task)
+        one_of(self.tasks, **{"ablations.added_task": some, "ablations.held_out": settings.held_out})
+        if len(settings.held_out) > len(self.tasks) - 2:
+            raise ValueError("ablations.held_out must leave two tasks at least")
+        for name, values in (("adapters", settings.adapters), ("top_k", settings.top_k)):
+            if max(values, default=0) > len(self.tasks):
+                raise ValueError(f"ablations.{name} must be at most {len(self.tasks)}, the number of tasks")
+        if set(settings.foreign) & set(self.tasks):
+            raise ValueError("ablations.foreign must name tasks that are none of the profile's")
 
 
 def profile_names() -> list[str]:

@@ -106,6 +106,10 @@ class Records:
         except (OSError, ValueError):
             return None
 
+    def peak(self, stage: Stage) -> dict[str, Any] | None:
+        """The most memory that a stage's process has held: ``memory`` (GPU or main) and ``bytes``, if it said so."""
+        return self.read(stage, ".peak")
+
     def inputs(self, stage: Stage) -> dict[str, str]:
         """A digest of each thing that decides a stage's results, by a name that can be shown."""
         profile = self.workspace.profile
@@ -122,7 +126,7 @@ class Records:
             folders = [s.path for s in settings if s is not None and s.path is not None]
             files = sorted({f for folder in folders if folder.is_dir() for f in folder.rglob("*") if f.is_file()})
             digests["the adapters' files"] = _hash_files(files)
-        for earlier in existing_stages(self.notebooks):
+        for earlier in existing_stages(self.notebooks, profile):
             if earlier.number in stage.needs:
                 record = self.read(earlier)
                 run = [record["inputs"], record["started"]] if record else None
@@ -188,7 +192,8 @@ class Records:
         before = (self.read(stage, ".started") or {}).get("outputs", [])
         names = {name for name in before if (self.workspace.root / name).exists()}
         workspace = self.workspace
-        folders = [workspace.artifacts / name for name in ("data", "adapters", "gates", "predictions")]
+        made = ("data", "data_all", "adapters", "gates", "merged", "xlora", "predictions", "ablations")
+        folders = [workspace.artifacts / name for name in made]
         folders += [workspace.results / name for name in ("metrics", "figures", "tables")]
         for folder in folders:
             for path in folder.rglob("*"):

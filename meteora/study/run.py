@@ -22,24 +22,33 @@ from meteora.study.artifacts import (
     device_name,
     existing_stages,
     find_stage,
+    left_out,
     versions,
     write_json,
 )
 from meteora.study.plan import describe
-from meteora.study.profiles import REPOSITORY, ProfileError, load_profile, profile_names
+from meteora.study.profiles import REPOSITORY, Profile, ProfileError, load_profile, profile_names
 from meteora.study.records import Records, RunError, input_hashes
 
 
-def select_stages(start: str | None, only: str | None, notebooks: Path = NOTEBOOKS) -> list[Stage]:
+def select_stages(
+    start: str | None, only: str | None, notebooks: Path = NOTEBOOKS, profile: Profile | None = None
+) -> list[Stage]:
     """The stages to run: all whose notebooks exist, those from ``start`` on, or ``only`` one.
 
+    Args:
+        profile: leaves out the stages for which it has no section.
+
     Raises:
-        RunError: if the notebook that was asked for does not exist.
+        RunError: if the notebook that was asked for does not exist, or is ``only`` one and no part of the profile.
     """
     stages = existing_stages(notebooks)
     for wanted in (start, only):
         if wanted is not None and find_stage(wanted) not in stages:
             raise RunError(f"there is no notebook {wanted!r} in {notebooks}; there are {_names(stages)}.")
+    stages = existing_stages(notebooks, profile)
+    if only is not None and find_stage(only) not in stages:
+        raise RunError(f"{left_out(profile, notebooks)[find_stage(only).number]}; give it one, or choose another.")
     if only is not None:
         return [find_stage(only)]
     return [stage for stage in stages if start is None or stage.number >= find_stage(start).number]
@@ -71,7 +80,7 @@ def run_study(
     records = Records(workspace, notebooks)
     seconds: dict[str, float | None] = {}
     with _only_run(workspace):
-        if fresh and list(stages) == existing_stages(notebooks):
+        if fresh and list(stages) == existing_stages(notebooks, workspace.profile):
             records.forget_everything()
         elif fresh:
             records.forget(stages)
@@ -195,11 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("README.md has changed" if update() else "README.md is up to date")
             return 0
         workspace = Workspace(load_profile(options.profile))
-        stages = select_stages(options.start, options.only)
+        stages = select_stages(options.start, options.only, profile=workspace.profile)
         if options.dry_run:
             print(describe(workspace, stages))
             return 0
         print(f"Profile {workspace.profile.name}: {workspace.profile.description}")
+        if options.only is None:
+            for sentence in left_out(workspace.profile).values():
+                print(f"  {sentence}")
         # the notebooks run in a folder of their own, where a relative path would lead elsewhere
         source = options.profile if options.profile in profile_names() else str(Path(options.profile).resolve())
         seconds = run_study(workspace, stages, profile_source=source, fresh=options.fresh)

@@ -23,7 +23,7 @@ METHOD_LABELS = {
     "dare": "DARE merge",
     "arrow": "Arrow",
     "xlora": "X-LoRA",
-    "lorahub": "LoRAHub",
+    "lorahub": "LoRAHub (told the task)",
 }
 METRIC_LABELS = {
     "accuracy": "accuracy", "bleu": "BLEU", "bleu_published": "BLEU as published", "rouge1": "ROUGE-1",
@@ -168,7 +168,14 @@ def interval_text(value: float, low: float | None = None, high: float | None = N
 
 def label(name: str) -> str:
     """A method's name as tables and figures write it; other names unchanged."""
+    if name.startswith("meteora_top"):
+        return f"MeteoRA top-{name.removeprefix('meteora_top')}"
     return METHOD_LABELS.get(name, name)
+
+
+def run_label(protocol: str, shots: int) -> str:
+    """A protocol's name, and that its prompts hold no examples where they usually do; `sequential` never has any."""
+    return f"{protocol}, zero-shot" if shots == 0 and protocol != "sequential" else protocol
 
 
 def in_order(methods: Iterable[str]) -> list[str]:

@@ -1,4 +1,8 @@
-"""How long a call takes and how much memory it needs, on a CPU or a GPU."""
+"""How long a call takes and how much memory it needs, on a CPU or a GPU.
+
+What is measured is given as ``prepare``: it does what comes before, such as the forward pass of a backward pass, and
+returns the call that counts.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +19,85 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
-BLOCK = 0.010  # seconds; calls are timed in blocks of at least this length, so that the clock's own cost vanishes
+BLOCK = 0.010  # seconds; on a CPU calls are timed in blocks of at least this length: the clock's own cost vanishes
+FLUSH = 1 << 28  # bytes written between two calls on a GPU; no cache is as large
+LEAST = 3  # measurements of a call, however long it takes
 
 Call = Callable[[], Any]
+Quantiles = tuple[float, float, float]
 
 
-def measure_time(call: Call, device: torch.device, repeats: int) -> tuple[float, float, float]:
-    """Median, 20% and 80% quantile of one call's time in microseconds, over ``repeats`` blocks of ``BLOCK`` seconds.
+class Stopwatch:
+    """Times calls on one device: the median, the 20% and the 80% quantile of one call's time in microseconds.
 
-    On a GPU each call starts with a cold L2 cache, as ``triton.testing.do_bench`` does it.
+    On a GPU every call starts with a cold L2 cache, as ``triton.testing.do_bench`` does it.
+
+    Args:
+        repeats: measurements of a call, at most.
+        seconds: what they may take in all, unless they are but LEAST.
     """
-    if device.type == "cuda":
-        from triton.testing import do_bench
 
-        return tuple(1e3 * t for t in do_bench(call, rep=1e3 * BLOCK * repeats, quantiles=[0.5, 0.2, 0.8]))
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    number = math.ceil(BLOCK / timer.timeit(1).median)  # timeit has warm-up calls of its own
-    times = [1e6 * timer.timeit(number).median for _ in range(repeats)]
+    def __init__(self, device: torch.device, repeats: int, seconds: float) -> None:
+        self.device, self.repeats, self.seconds = device, repeats, seconds
+        if device.type == "cuda":
+            self._flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+            self._stream = torch.cuda.Stream(device)
+
+    def eager(self, prepare: Callable[[], Call]) -> Quantiles:
+        """As a program calls it that has to wait for the result: what the CPU does to start the GPU's work counts.
+
+        On a GPU the call must have run before, as its first time may load or compile something.
+        """
+        call = prepare()
+        if self.device.type == "cuda":
+            return self._on_gpu(call, idle=True)
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        one = timer.timeit(1).median  # timeit has warm-up calls of its own
+        number = math.ceil(BLOCK / one)
+        return quantiles([1e6 * timer.timeit(number).median for _ in range(self._count(one * number))])
+
+    def graph(self, prepare: Callable[[], Call]) -> Quantiles:
+        """Replayed from a CUDA graph that holds the call and nothing else: the GPU's own time."""
+        default = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            # Autograd runs a backward pass on the stream of its forward pass, so that has to be the captured one; and
+            # libraries get their workspaces for that stream before the capture, not from the graph's own memory.
+            self._stream.wait_stream(default)
+            call = prepare()
+            call()
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            # Not `torch.cuda.graph`: it empties torch's memory cache each time, which costs more than the measurement.
+            graph.capture_begin()
+            try:
+                call()
+            finally:
+                graph.capture_end()
+        graph.replay()
+        return self._on_gpu(graph.replay, idle=False)
+
+    def _on_gpu(self, call: Call, *, idle: bool) -> Quantiles:
+        """``idle``: the GPU has nothing to do when the call begins, so that it waits for the CPU's part of it."""
+        first = self._events(call, 1, idle)
+        return quantiles(first + self._events(call, self._count(1e-6 * first[0]) - 1, idle))
+
+    def _events(self, call: Call, count: int, idle: bool) -> list[float]:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for begin, end in pairs:
+            self._flush.zero_()
+            if idle:
+                torch.cuda.synchronize(self.device)
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
+
+    def _count(self, seconds: float) -> int:
+        return max(LEAST, min(self.repeats, int(self.seconds / max(seconds, 1e-9))))
+
+
+def quantiles(times: list[float]) -> Quantiles:
     return tuple(np.quantile(times, [0.5, 0.2, 0.8]).tolist())
 
 
@@ -91,14 +157,9 @@ def waits_for_gpu(call: Call) -> bool:
     return False
 
 
-def captured(call: Call) -> Callable[[], None]:
-    """The replay of a CUDA graph of ``call``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def free_memory(device: torch.device) -> float:
+    """Bytes that torch can still allocate on a GPU; on a CPU, where nobody can tell, infinity."""
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -8,6 +8,11 @@ from collections.abc import Mapping, Sequence
 Example = Mapping
 
 
+def gate_examples(examples: Mapping[str, Sequence[Example]], transcripts: int, *, seed: int = 0) -> list[dict]:
+    """What gates are trained on: all examples, task by task, then so many `mixed_transcripts` of them."""
+    return [row for rows in examples.values() for row in rows] + mixed_transcripts(examples, transcripts, seed=seed)
+
+
 def mixed_transcripts(
     examples: Mapping[str, Sequence[Example]], count: int, *, most_turns: int = 5, seed: int = 0
 ) -> list[dict]:

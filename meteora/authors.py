@@ -1,0 +1,171 @@
+"""The checkpoint that the paper's authors published (github.com/NJUDeepEngine/meteora), as adapters and gates of ours.
+
+It is the state dict of their whole model. Each adapted linear layer has there, beside ``base_layer.weight``::
+
+    <module>.moe_gate.weight (N, in)     <module>.lora_A.weight (N * r, in)     <module>.lora_B.weight (out, N * r)
+
+with adapter n in rows (columns) n * r .. n * r + r - 1, all of one rank, the scaling not folded in, and every name
+behind PEFT's ``base_model.model.``. Which adapter is n-th is not stored. Their script trained the LoRA weights along
+with the gates, so these belong to the gates and are taken from the file; the adapters' own are what tells the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from meteora.adapters import PEFT_PREFIX, Adapter, AdapterError, LoraWeights, peft_tensors
+
+PARTS = ("moe_gate", "lora_A", "lora_B")
+COMPARED_MODULES = 16  # enough to tell the adapters apart; one would do
+# Training moves an adapter's update B A, but not so far that its cosine with where it began is that of a stranger's.
+LEAST_SIMILARITY = 0.1
+
+
+def read_authors_checkpoint(file: str | Path, adapters: Sequence[Adapter]) -> tuple[list[Adapter], dict[str, Tensor]]:
+    """The adapters with the weights of ``file``, and module -> gate (N, in) float32.
+
+    Args:
+        file: a safetensors file (or a folder of its shards), or a ``torch.save`` archive of tensors alone. What else
+            it holds, such as the base model's weights, is not read.
+        adapters: those that the authors' model was made of, in the checkpoint's order. One that training did not
+            change is returned as it is.
+
+    Raises:
+        AdapterError: if the file is missing, unreadable or incomplete, or its adapters are others than ``adapters``,
+            or the same ones in another order.
+    """
+    layers = _read(Path(file).expanduser())
+    _check_layers(layers, adapters, file)
+    blocks = [_block(layers, n, adapter) for n, adapter in enumerate(adapters)]
+    _check_order(blocks, adapters, file)
+    changed = [_with_weights(adapter, modules) for adapter, modules in zip(adapters, blocks, strict=True)]
+    return changed, {module: parts["moe_gate"].float() for module, parts in layers.items()}
+
+
+def _read(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Module -> part -> tensor."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise AdapterError(f"{path} is no file, nor a folder with one; give the authors' state dict (safetensors).")
+    layers: dict[str, dict[str, Tensor]] = {}
+    for file in files:
+        for key, tensor in _wanted_tensors(file):
+            module, part = key.removesuffix(".weight").rsplit(".", 1)
+            layers.setdefault(module.removeprefix(PEFT_PREFIX), {})[part] = tensor
+    if not layers:
+        raise AdapterError(f"{path} holds no moe_gate, lora_A or lora_B; it is not a checkpoint of the authors' code.")
+    return layers
+
+
+def _wanted_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if zipfile.is_zipfile(file):
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise AdapterError(f"{file} holds more than tensors, or is corrupt, and is not unpickled.") from error
+        yield from ((key, state[key]) for key in _wanted(state))
+        return
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield from ((key, tensors.get_tensor(key)) for key in _wanted(tensors.keys()))
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is no safetensors file, or a corrupt one ({error}); download it again.") from error
+
+
+def _wanted(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if key.endswith(tuple(f".{part}.weight" for part in PARTS))]
+
+
+def _check_layers(layers: dict[str, dict[str, Tensor]], adapters: Sequence[Adapter], file: str | Path) -> None:
+    for module, parts in layers.items():
+        if missing := sorted(set(PARTS) - set(parts)):
+            raise AdapterError(f"{file}: module {module!r} has no {missing[0]}.")
+        gate, A, B = (parts[part] for part in PARTS)
+        if len(gate) != len(adapters):
+            raise AdapterError(f"{file} mixes {len(gate)} adapters, {len(adapters)} were given.")
+        if A.shape[1] != gate.shape[1] or len(A) != B.shape[1] or len(A) % len(adapters):
+            raise AdapterError(
+                f"{file}: module {module!r} has moe_gate {tuple(gate.shape)}, lora_A {tuple(A.shape)} and lora_B "
+                f"{tuple(B.shape)}; expected (N, in), (N * r, in) and (out, N * r)."
+            )
+        for part, tensor in parts.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(f"{file}: {part} of module {module!r} holds NaN or infinite weights.")
+    for adapter in adapters:
+        if set(adapter.modules) != set(layers):
+            odd = sorted(set(adapter.modules) ^ set(layers))[0]
+            raise AdapterError(f"{file} does not match adapter {adapter.name!r}: only one of them has {odd!r}.")
+
+
+def _block(layers: dict[str, dict[str, Tensor]], n: int, adapter: Adapter) -> dict[str, LoraWeights]:
+    """The n-th adapter in the checkpoint: module -> weights, with the scaling of ``adapter``."""
+    modules = {}
+    for module, parts in layers.items():
+        rank = len(parts["lora_A"]) // len(parts["moe_gate"])
+        own = adapter.modules[module]
+        A, B = parts["lora_A"][n * rank : (n + 1) * rank], parts["lora_B"][:, n * rank : (n + 1) * rank]
+        if (A.shape, B.shape) != (own.A.shape, own.B.shape):
+            raise AdapterError(
+                f"adapter {adapter.name!r} has lora_A {tuple(own.A.shape)} and lora_B {tuple(own.B.shape)} in "
+                f"{module!r}, the checkpoint {tuple(A.shape)} and {tuple(B.shape)}."
+            )
+        modules[module] = LoraWeights(A, B, own.scaling)
+    return modules
+
+
+def _check_order(blocks: Sequence[dict[str, LoraWeights]], adapters: Sequence[Adapter], file: str | Path) -> None:
+    names = [adapter.name for adapter in adapters]
+    similar = _similarity(blocks, [adapter.modules for adapter in adapters])
+    nearest = similar.argmax(dim=1).tolist()
+    found = [n if similar[n, n] >= similar[n].max() - 1e-6 else best for n, best in enumerate(nearest)]
+    for n, best in enumerate(found):
+        if similar[n, best] < LEAST_SIMILARITY:
+            raise AdapterError(
+                f"{file}: the adapter in place {n}, where {names[n]!r} was given, resembles none of those given (its "
+                f"cosine with {names[best]!r} is {similar[n, best]:.2f}); give the adapters it was made of."
+            )
+    for n, best in enumerate(found):
+        if best != n:
+            raise AdapterError(
+                f"{file}: the adapter in place {n} is {names[best]!r}, but {names[n]!r} was given there; the "
+                f"checkpoint's order is {', '.join(repr(names[n]) for n in found)}."
+            )
+
+
+def _similarity(blocks: Sequence[dict[str, LoraWeights]], adapters: Sequence[dict[str, LoraWeights]]) -> Tensor:
+    """Cosines (N, N) between the updates B A of the blocks and of the adapters, averaged over some modules.
+
+    <B A, B' A'> = sum((B^T B') * (A A'^T)), so that no (out, in) matrix is formed.
+    """
+    count, modules = len(blocks), list(blocks[0])
+    chosen = modules[:: -(-len(modules) // COMPARED_MODULES)]
+    total = torch.zeros(count, count)
+    for module in chosen:
+        pairs = [weights[module] for weights in (*blocks, *adapters)]
+        A, B = torch.cat([pair.A.float() for pair in pairs]), torch.cat([pair.B.float() for pair in pairs], dim=1)
+        products = (B.t() @ B) * (A @ A.t())  # (2 N r, 2 N r)
+        inner = products.view(2 * count, -1, 2 * count, pairs[0].rank).sum((1, 3))  # (2 N, 2 N)
+        norms = inner.diagonal().clamp(min=1e-30).sqrt()
+        total += (inner / norms / norms.unsqueeze(1))[:count, count:]
+    return total / len(chosen)
+
+
+def _with_weights(adapter: Adapter, modules: dict[str, LoraWeights]) -> Adapter:
+    same = all(
+        torch.equal(own.A.to(pair.A.dtype), pair.A) and torch.equal(own.B.to(pair.B.dtype), pair.B)
+        for own, pair in ((adapter.modules[module], pair) for module, pair in modules.items())
+    )
+    if same:
+        return adapter
+    written = save(peft_tensors(modules), metadata={"format": "pt"})
+    return replace(adapter, sha256=hashlib.sha256(written).hexdigest(), modules=modules, in_memory=True)

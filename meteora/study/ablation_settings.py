@@ -1,0 +1,83 @@
+"""What notebook 06 varies: a profile's section ``ablations``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.tasks import get_task
+from meteora.config import BACKENDS
+from meteora.study.checks import at_least, distinct, one_of
+
+
+@dataclass(frozen=True)
+class SpeedStudy:
+    """What the whole model is timed on, one of the three varied at a time; the first of each list is what others have.
+
+    Attributes:
+        adapters: how many; copies with a little noise of those there are.
+        batch, tokens: prompts at once, and tokens of each.
+        new_tokens: that are decoded after them, one by one.
+        backends: compared on the first of the lists; those that cannot run on the device are left out.
+        repeats: measurements of each, of which the median counts.
+    """
+
+    adapters: tuple[int, ...]
+    batch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    new_tokens: int = 16
+    backends: tuple[str, ...] = ("auto", "loop", "bmm", "dense", "triton")
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        distinct(adapters=self.adapters, batch=self.batch, tokens=self.tokens, backends=self.backends)
+        one_of(BACKENDS, backends=self.backends)
+        at_least(1, adapters=min(self.adapters), batch=min(self.batch), tokens=min(self.tokens))
+        at_least(1, new_tokens=self.new_tokens, repeats=self.repeats)
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """What notebook 06 varies; a study whose setting is empty or absent is left out.
+
+    Attributes:
+        samples: validation examples of each task that the variants are compared on.
+        top_k, temperatures: of the trained gates.
+        adapters: models with so many of the tasks' adapters; those of a smaller one are in every larger one.
+        added_task: is left out of a model, whose gates are trained, and then added in several ways.
+        added_steps: of the training of the added task's gate rows alone.
+        modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
+        gates: name -> options that replace those of the profile's ``gates``: trainings that are compared.
+        held_out: tasks left out of a model that then meets their prompts.
+        foreign: tasks that are none of the profile's, met by the whole model.
+        shots: solved examples in composite prompts of the smallest size; ``composite_items`` of them.
+        composite_methods: answer the composites of notebook 04 as well.
+        seeds: adapters and gates are trained with each, and measured on the test split as in Table 1.
+        speed: the whole model's time and memory.
+    """
+
+    samples: int
+    top_k: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = ()
+    adapters: tuple[int, ...] = ()
+    added_task: str | None = None
+    added_steps: int = 50
+    modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    shots: tuple[int, ...] = ()
+    composite_items: int = 20
+    composite_methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    speed: SpeedStudy | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, samples=self.samples, added_steps=self.added_steps, composite_items=self.composite_items)
+        at_least(1, top_k=min(self.top_k, default=1), adapters=min(self.adapters, default=1))
+        at_least(0, shots=min(self.shots, default=0), seeds=min(self.seeds, default=0))
+        for task in self.foreign:
+            get_task(task)
+        for value in self.temperatures:
+            if value <= 0:
+                raise ValueError(f"temperatures must be positive, not {value!r}")

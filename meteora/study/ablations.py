@@ -1,0 +1,279 @@
+"""What notebook 06 measures: studies of variants, each of which leaves its rows by itself (`ablations.csv`).
+
+A variant's rows are kept in ``artifacts/<profile>/ablations/<study>/<variant>.json`` and taken from there as long as the
+variant, the settings of the evaluation, the data, the adapters and the gates are the same; so a run that is interrupted
+goes on with the variant it was at. A change of the code alone does not discard them: ``--fresh`` does.
+
+The studies themselves are in ``ablations_*.py``, by what they vary. Variants are compared on validation examples, which
+gates and adapters were not trained on and from which the test samples are disjoint; only `seeds` uses the test split.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from data_prep.prepare import MANIFEST, load_split
+from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
+from meteora.adapters import file_sha256, load_adapter
+from meteora.checkpoint import GATES_FILE
+from meteora.study.artifacts import Workspace, write_json
+from meteora.study.baselines import Method, build_methods, share_weights
+from meteora.study.collection import INDEX
+from meteora.study.evaluation import Accuracies, evaluate_independent
+from meteora.study.gates import gate_accuracy, pooled_accuracy
+from meteora.study.measures import Example, Row
+from meteora.study.opening import Study, open_study
+from meteora.study.predictions import fingerprint
+from meteora.study.statistics import mean_over_tasks, paired_difference_over_tasks
+from meteora.study.transcripts import gate_examples
+
+COLUMNS = (
+    "study", "variant", "method", "adapters", "top_k", "temperature", "composite", "protocol", "shots", "batch",
+    "tokens", "split", "task", "adapter", "metric", "value", "low", "high", "n", "unit",
+)  # fmt: skip
+GATE_SAMPLES = 10  # examples of a task that the gates' accuracy is counted on
+
+
+class Variant(NamedTuple):
+    """One setting of a study: its name, what decides its rows besides data, adapters and gates, and how it is run."""
+
+    name: str
+    settings: Any
+    produce: Callable[[], list[Row]]
+
+
+class TrainedGates(NamedTuple):
+    """A model whose gates were trained for a study; ``peak_bytes`` is what that took on a GPU, else ``None``."""
+
+    model: MeteoraModel
+    seconds: float
+    peak_bytes: int | None
+
+
+class Ablations:
+    """The studies of one profile, over what notebooks 01 and 02 have left. Models are loaded when they are first needed.
+
+    Args:
+        workspace: its profile has a section ``ablations``.
+    """
+
+    def __init__(self, workspace: Workspace, *, device: torch.device) -> None:
+        workspace.require("01", "02")
+        self.workspace, self.device = workspace, device
+        self.profile, self.settings = workspace.profile, workspace.profile.ablations
+        self.folder = workspace.artifacts / "ablations"
+        self._frames: dict[str, list[Row]] = {}
+
+    def run(self, study: str, variants: Iterable[Variant]) -> pd.DataFrame:
+        """The rows of all variants, produced where they are not kept; ``seconds`` are those that producing them took."""
+        rows: list[Row] = []
+        for variant in variants:
+            path = self.folder / quote(study, safe="") / f"{quote(variant.name, safe='')}.json"
+            mark = fingerprint([self._inputs, variant.settings])
+            kept = _read(path, mark)
+            if kept is None:
+                begin = time.perf_counter()
+                produced = variant.produce()
+                seconds = round(time.perf_counter() - begin, 1)
+                kept = {"fingerprint": mark, "seconds": seconds, "rows": produced}
+                write_json(path, kept)
+            taken = row("seconds", kept["seconds"], unit="s")
+            rows += [{"study": study, "variant": variant.name, **r} for r in [*kept["rows"], taken]]
+        self._frames[study] = rows
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+    def all(self) -> pd.DataFrame:
+        """The rows of every study that was run, for `ablations.csv`."""
+        return pd.DataFrame([r for rows in self._frames.values() for r in rows], columns=COLUMNS)
+
+    # What the studies build on ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def study(self) -> Study:
+        """The models and methods of notebook 03, as far as the studies need them."""
+        names = ["base", "peft", "meteora_top1", "meteora_top2"]
+        names += ["lora_b"] if self.profile.lora_b is not None else []
+        return open_study(self.workspace, names, device=self.device)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks that were prepared, in the profile's order."""
+        manifest = json.loads((self.workspace.data / MANIFEST).read_text(encoding="utf-8"))
+        return list(manifest["tasks"])
+
+    def examples(self, split: str, count: int | None = None) -> dict[str, list[Example]]:
+        """Task -> the first examples of a split."""
+        return {task: load_split(self.workspace.data, task, split)[:count] for task in self.tasks}
+
+    @cached_property
+    def valid(self) -> dict[str, list[Example]]:
+        """The examples that variants are compared on."""
+        return self.examples("valid", self.settings.samples)
+
+    @cached_property
+    def limits(self) -> dict[str, int]:
+        """Task -> most new tokens of an answer."""
+        return self.study.answer_limits(cap=self.profile.evaluation.max_new_tokens)
+
+    @cached_property
+    def reference(self) -> Accuracies:
+        """Accuracies of the unchanged methods on the validation examples, to compare variants with sample by sample."""
+        return self.answer(self.study.methods, self.valid, "reference")
+
+    def answer(
+        self, methods: Mapping[str, Method], examples: Mapping[str, Sequence[Example]], *names: str
+    ) -> Accuracies:
+        """Method -> task -> 1 or 0 per example; the answers are kept in a folder of these ``names``."""
+        evaluation = self.profile.evaluation
+        folder = self.workspace.predictions.joinpath("ablations", *(quote(name, safe="") for name in names))
+        result = evaluate_independent(
+            methods, examples, tokenizer=self.study.tokenizer, predictions_dir=folder,
+            batch_size=evaluation.batch_size, tokens_per_batch=evaluation.tokens_per_batch,
+            max_new_tokens={task: self.limits[task] for task in examples},
+        )  # fmt: skip
+        return result.accuracies
+
+    def model_with(self, tasks: Sequence[str]) -> MeteoraModel:
+        """A model with these tasks' adapters and untrained gates, over the same base weights."""
+        adapters = [load_adapter(task, self.study.adapters[task]) for task in tasks]
+        return MeteoraModel(share_weights(self.study.plain), adapters, MeteoraConfig()).eval()
+
+    def trained(
+        self, name: str, model: MeteoraModel, config: GateTrainingConfig, *, tasks: Sequence[str] | None = None
+    ) -> TrainedGates:
+        """Train the gates of ``model`` as notebook 02 does, or take those that an earlier call of that name left.
+
+        Args:
+            tasks: whose examples are shown; default: those of the model's adapters.
+        """
+        train = {task: load_split(self.workspace.data, task, "train") for task in tasks or model.adapter_names}
+        dataset = gate_examples(train, self.profile.data.transcripts, seed=config.seed)
+        path = self.folder / "gates" / f"{quote(name, safe='')}.safetensors"
+        inputs = {part: self._inputs[part] for part in ("model", "data", "adapters")}
+        recipe = fingerprint([inputs, asdict(config), model.adapter_names, sorted(model.layers), list(train)])
+        kept = _read_gates(path, recipe)
+        if kept is not None:
+            for module, layer in model.layers.items():
+                layer.gate.weight.data.copy_(kept[0][module])
+            model.state.warning = None
+            return TrainedGates(model, *kept[1:])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        train_gates(model, dataset, config, tokenizer=self.study.tokenizer)
+        seconds = time.perf_counter() - begin
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"recipe": recipe, "seconds": f"{seconds:.2f}", "peak_bytes": "" if peak is None else str(peak)}
+        gates = {module: layer.gate.weight.detach().cpu().contiguous() for module, layer in model.layers.items()}
+        save_file(gates, path.with_suffix(".new"), metadata=facts)
+        path.with_suffix(".new").replace(path)
+        return TrainedGates(model.eval(), seconds, peak)
+
+    # Rows -------------------------------------------------------------------------------------------------------------
+
+    def accuracy_rows(
+        self, accuracies: Accuracies, *, split: str = "valid", against: str | None = "peft", **setting: Any
+    ) -> list[Row]:
+        """One row a method and task, and the mean over tasks (``ALL``), with intervals.
+
+        Args:
+            against: of the unchanged methods, the one whose accuracy on the same samples is subtracted in the rows with
+                metric ``difference``.
+        """
+        rows = []
+        for method, by_task in accuracies.items():
+            common = {"method": method, "split": split, **setting}
+            for task, values in by_task.items():
+                rows.append(row("accuracy", *mean_over_tasks({task: values}), n=len(values), task=task, **common))
+            rows += mean_rows(by_task, "ALL", common)
+            if against is not None and by_task:
+                other = {task: self.reference[against][task] for task in by_task}
+                difference = paired_difference_over_tasks(by_task, other)
+                n = sum(map(len, by_task.values()))
+                rows.append(row("difference", *difference, n=n, task="ALL", unit=f"minus {against}", **common))
+        return rows
+
+    def gate_rows(self, model: MeteoraModel, **setting: Any) -> list[Row]:
+        """How often single gates, and their majority, put the right adapter first on validation examples."""
+        examples = {task: self.valid[task][:GATE_SAMPLES] for task in model.adapter_names if task in self.valid}
+        found = gate_accuracy(model, self.study.tokenizer, examples)
+        tokens = sum(r["tokens"] for r in found.votes)
+        common = {"n": tokens, "unit": "share of tokens", "split": "valid", **setting}
+        return [
+            row("gate_accuracy", pooled_accuracy(found.gates), **common),
+            row("majority_accuracy", pooled_accuracy(found.votes), **common),
+        ]
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        """Digests of what every study depends on."""
+        manifest = json.loads((self.workspace.data / MANIFEST).read_text(encoding="utf-8"))
+        index = json.loads((self.workspace.adapters / INDEX).read_text(encoding="utf-8"))
+        evaluation = self.profile.evaluation
+        return {
+            "model": asdict(self.profile.model),
+            "data": {task: facts["sha256"] for task, facts in manifest["tasks"].items()},
+            "adapters": {task: entry["sha256"] for group in index.values() for task, entry in group.items()},
+            "gates": file_sha256(self.workspace.gates / GATES_FILE),
+            "samples": self.settings.samples,
+            "max_new_tokens": evaluation.max_new_tokens,
+        }
+
+
+def row(metric: str, value: float | None, low: Any = None, high: Any = None, *, n: Any = None, **setting: Any) -> Row:
+    """A row of `ablations.csv` without study and variant; what is not given is empty there."""
+    return {**setting, "metric": metric, "value": value, "low": low, "high": high, "n": n}
+
+
+def mean_rows(by_task: Mapping[str, Sequence[float]], name: str, common: Mapping[str, Any]) -> list[Row]:
+    """The mean over tasks, each counting the same, as the row of task ``name``; none without tasks."""
+    if not by_task:
+        return []
+    return [row("accuracy", *mean_over_tasks(by_task), n=sum(map(len, by_task.values())), task=name, **common)]
+
+
+def methods_of(model: MeteoraModel, *names: str) -> dict[str, Method]:
+    """Methods that run on one model alone."""
+    return build_methods(names, model)
+
+
+def reference_study(ablations: Ablations) -> Iterator[Variant]:
+    """The unchanged methods, which the variants are compared with."""
+
+    def produce() -> list[Row]:
+        rows = ablations.accuracy_rows(ablations.reference, adapters=len(ablations.tasks))
+        return rows + ablations.gate_rows(ablations.study.model, adapters=len(ablations.tasks))
+
+    yield Variant("as trained", {}, produce)
+
+
+def _read(path: Path, mark: str) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept if kept["fingerprint"] == mark else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _read_gates(path: Path, recipe: str) -> tuple[dict[str, torch.Tensor], float, int | None] | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        if facts["recipe"] != recipe:
+            return None
+        gates = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return gates, float(facts["seconds"]), int(facts["peak_bytes"]) if facts["peak_bytes"] else None

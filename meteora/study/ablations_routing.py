@@ -1,0 +1,108 @@
+"""Studies of the trained gates, without training any: how many adapters, which temperature, which gates decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from meteora import MeteoraModel, Routing
+from meteora.gating import route
+from meteora.study.ablations import Ablations, Variant, methods_of
+from meteora.study.baselines import Tasks, with_temperature
+from meteora.study.measures import Row
+
+
+def top_k_study(ablations: Ablations) -> Iterator[Variant]:
+    """The k best adapters of each token and layer."""
+    for k in ablations.settings.top_k:
+
+        def produce(k: int = k) -> list[Row]:
+            methods = methods_of(ablations.study.model, f"meteora_top{k}")
+            answers = ablations.answer(methods, ablations.valid, "top_k", f"k={k}")
+            return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), top_k=k, temperature=1.0)
+
+        yield Variant(f"k={k}", {}, produce)
+
+
+def temperature_study(ablations: Ablations) -> Iterator[Variant]:
+    """What divides the logits of the two best adapters before their softmax; the paper raises it for composites."""
+    for value in ablations.settings.temperatures:
+
+        def produce(value: float = value) -> list[Row]:
+            (method,) = methods_of(ablations.study.model, "meteora_top2").values()
+            methods = {"meteora_top2": with_temperature(method, value)}
+            answers = ablations.answer(methods, ablations.valid, "temperature", f"T={value:g}")
+            return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), top_k=2, temperature=value)
+
+        yield Variant(f"T={value:g}", {}, produce)
+
+
+def deciding_study(ablations: Ablations) -> Iterator[Variant]:
+    """All modules keep their adapters, but the gates of some alone decide; the others follow the last decision."""
+    for name, parts in ablations.settings.modules.items():
+
+        def produce(name: str = name, parts: Sequence[str] = parts) -> list[Row]:
+            model = ablations.study.model
+            (method,) = methods_of(model, "meteora_top2").values()
+
+            @contextmanager
+            def state(tasks: Tasks) -> Iterator[None]:
+                with method.active(tasks), deciding_alone(model, parts):
+                    yield
+
+            answers = ablations.answer(
+                {"meteora_top2": replace(method, state=state)}, ablations.valid, "deciding", name
+            )
+            return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), top_k=2, temperature=1.0)
+
+        yield Variant(f"gates of {name} decide", {"modules": parts}, produce)
+
+
+class _LastDecision:
+    """In place of a gate's choice: the choice that was made last in this forward pass."""
+
+    def __init__(self) -> None:
+        self.made: Routing | None = None
+
+    def routing(self, batch: torch.Size, device: torch.device) -> Routing:
+        return self.made
+
+
+@contextmanager
+def deciding_alone(model: MeteoraModel, parts: Sequence[str]) -> Iterator[None]:
+    """Inside, a layer whose module's name ends in one of ``parts`` uses its gate, any other the decision before it.
+
+    Layers ahead of the first decision of a pass use their own gates.
+    """
+    last, state = _LastDecision(), model.state
+    deciders = {id(layer) for name, layer in model.layers.items() if name.rpartition(".")[2] in parts}
+
+    def begin(*_) -> None:
+        last.made = None
+
+    def before(layer: torch.nn.Module, _) -> None:
+        state.forced = None if id(layer) in deciders or last.made is None else last
+
+    def decide(layer: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None:
+        if id(layer) in deciders:
+            last.made = route(logits, state.top_k, state.temperature)
+
+    hooks = [model.base_model.register_forward_pre_hook(begin)]
+    hooks += [layer.register_forward_pre_hook(before) for layer in model.layers.values()]
+    state.gate_observer = decide
+    try:
+        yield
+    finally:
+        state.gate_observer = state.forced = None
+        for hook in hooks:
+            hook.remove()
+
+
+STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
+    "top_k": top_k_study,
+    "temperature": temperature_study,
+    "deciding": deciding_study,
+}

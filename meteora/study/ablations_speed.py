@@ -1,0 +1,181 @@
+"""Studies of the whole model's time and memory: against the number of adapters, the batch, the prompt's length."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+
+import torch
+
+from meteora import MeteoraConfig, MeteoraModel
+from meteora.adapters import Adapter, LoraWeights, load_adapter
+from meteora.backends import get_mix
+from meteora.study.ablations import Ablations, Variant, row
+from meteora.study.artifacts import device_name, versions
+from meteora.study.baselines import share_weights
+from meteora.study.measures import Row
+from meteora.study.timing import measure_peak
+
+NOISE = 0.01  # standard deviation of what is added to a copy's factors, over theirs
+OUT_OF_MEMORY = "out of memory"
+
+
+def perturbed_copies(adapters: Sequence[Adapter], count: int, *, seed: int = 0) -> list[Adapter]:
+    """``count`` adapters: those there are, then copies of them with a little noise. They measure cost, not quality."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(tensor: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * NOISE
+        return (tensor.float() + noise).to(tensor.dtype)
+
+    found = []
+    for n in range(count):
+        adapter = adapters[n % len(adapters)]
+        if n >= len(adapters):
+            modules = {m: LoraWeights(noisy(w.A), noisy(w.B), w.scaling) for m, w in adapter.modules.items()}
+            name = f"{adapter.name}, copy {n // len(adapters)}"
+            adapter = dataclasses.replace(adapter, name=name, modules=modules, in_memory=True)
+        found.append(adapter)
+    return found
+
+
+def model_of_copies(ablations: Ablations, count: int) -> MeteoraModel:
+    """A model with so many adapters, and gates of random rows: choices spread over all of them."""
+    loaded = [load_adapter(task, path) for task, path in ablations.study.adapters.items()]
+    copies = perturbed_copies(loaded, count, seed=ablations.profile.seed)
+    config = MeteoraConfig(top_k=min(2, count))
+    model = MeteoraModel(share_weights(ablations.study.plain), copies, config).eval()
+    generator = torch.Generator().manual_seed(ablations.profile.seed)
+    for layer in model.layers.values():
+        layer.gate.weight.data.copy_(torch.randn(layer.gate.weight.shape, generator=generator))
+    model.state.warning = None
+    return model
+
+
+def measure(
+    model: MeteoraModel,
+    active: Callable[[], AbstractContextManager],
+    *,
+    batch: int,
+    tokens: int,
+    new_tokens: int,
+    repeats: int,
+    device: torch.device,
+) -> list[Row]:
+    """Rows ``prefill`` (s), ``decode`` (ms a token and step), ``peak_bytes`` (above the weights); random prompts.
+
+    Medians over ``repeats``, after one run that is not counted. Steps are launched one by one, as the study's own
+    decoding does; a setting that does not fit leaves rows without a value.
+    """
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def prefill():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+
+    def once() -> tuple[float, float]:
+        begin = wait()
+        out = prefill()
+        first = wait()
+        for _ in range(new_tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        return first - begin, 1e3 * (wait() - first) / new_tokens
+
+    names = (("prefill", "s"), ("decode", "ms per step"), ("peak_bytes", "bytes"))
+    try:
+        with torch.inference_mode(), active():
+            once()
+            times = [once() for _ in range(repeats)]
+            values = [median(t[0] for t in times), median(t[1] for t in times), measure_peak(prefill, device)]
+    except torch.OutOfMemoryError:
+        return [row(name, None, unit=OUT_OF_MEMORY) for name, _ in names]
+    return [row(name, value, n=repeats, unit=unit) for (name, unit), value in zip(names, values, strict=True)]
+
+
+def scale_study(ablations: Ablations) -> Iterator[Variant]:
+    """One of the number of adapters, the batch and the prompt's length is varied at a time.
+
+    Beside the mixture stand the base model and one adapter for all tokens, without a gate.
+    """
+    speed = ablations.settings.speed
+    if speed is None:
+        return
+    usual = (speed.adapters[0], speed.batch[0], speed.tokens[0])
+    cells = {(n, *usual[1:]) for n in speed.adapters} | {(usual[0], b, usual[2]) for b in speed.batch}
+    cells |= {(*usual[:2], t) for t in speed.tokens}
+    models: dict[int, MeteoraModel] = {}
+    for n, batch, tokens in sorted(cells):
+
+        def produce(n: int = n, batch: int = batch, tokens: int = tokens) -> list[Row]:
+            if n not in models:
+                models.clear()  # one at a time is in memory
+                models[n] = model_of_copies(ablations, n)
+            model = models[n]
+            added = [t for layer in model.layers.values() for t in (layer.gate.weight, layer.lora_A, layer.lora_B)]
+            rows = [row("added_bytes", sum(t.nbytes for t in added), unit="bytes", adapters=n)]
+            for method, (run, active) in {**_bounds(ablations), "meteora_top2": (model, nullcontext)}.items():
+                found = measure(
+                    run, active, batch=batch, tokens=tokens, new_tokens=speed.new_tokens, repeats=speed.repeats,
+                    device=ablations.device,
+                )  # fmt: skip
+                rows += [{"method": method, "adapters": n, "batch": batch, "tokens": tokens, **r} for r in found]
+            return rows
+
+        name = f"{n} adapters, {batch} x {tokens} tokens"
+        yield Variant(name, [_where(ablations), speed.new_tokens, speed.repeats], produce)
+
+
+def _bounds(ablations: Ablations) -> dict[str, tuple[MeteoraModel, Callable[[], AbstractContextManager]]]:
+    """The base model, and a model with one adapter that every token uses: no gate is computed in either."""
+    model = model_of_copies(ablations, 1)
+    (only,) = model.adapter_names
+    return {"base": (model, model.disable_adapters), "single_lora": (model, lambda: model.route_to(only))}
+
+
+def latency_study(ablations: Ablations) -> Iterator[Variant]:
+    """What a decoded token takes for one prompt, by backend; the trained model, no copies."""
+    speed = ablations.settings.speed
+    if speed is None:
+        return
+    for backend in speed.backends:
+        try:
+            get_mix(backend, ablations.device.type)
+        except RuntimeError:  # it cannot run on this device
+            continue
+
+        def produce(backend: str = backend) -> list[Row]:
+            model, rows = ablations.study.model, []
+            ours = {n: (model, m.active) for n, m in ablations.study.methods.items() if n.startswith("meteora")}
+            for name, (run, active) in {**_bounds(ablations), **ours}.items():
+                before = run.state.backend
+                run.set_backend(backend)
+                try:
+                    found = measure(
+                        run, active, batch=1, tokens=speed.tokens[0], new_tokens=speed.new_tokens,
+                        repeats=speed.repeats, device=ablations.device,
+                    )  # fmt: skip
+                finally:
+                    run.set_backend(before)
+                common = {"method": name, "adapters": len(ablations.tasks), "batch": 1, "tokens": speed.tokens[0]}
+                rows += [{**common, **r} for r in found]
+            return rows
+
+        yield Variant(backend, [_where(ablations), speed.tokens[0], speed.new_tokens, speed.repeats], produce)
+
+
+def _where(ablations: Ablations) -> list[str]:
+    """Times belong to a machine and to the versions of what they ran on."""
+    found = versions()
+    return [device_name(ablations.profile.model.device), found["torch"], found["transformers"]]
+
+
+STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {"latency": latency_study, "scale": scale_study}

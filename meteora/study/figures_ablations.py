@@ -1,0 +1,215 @@
+"""Figures of notebook 06, from ``ablations.csv``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from meteora.study.figures_style import BLUE, METHOD_STYLES, style_of, styled
+from meteora.study.tables import in_order, label, require_columns
+
+NEEDED = ("study", "variant", "method", "task", "metric", "value", "low", "high")
+STUDY_TITLES = {
+    "top_k": "adapters per token (k)",
+    "temperature": "temperature, k = 2",
+    "deciding": "gates that decide",
+    "modules": "modules with adapters",
+    "gates": "training of the gates",
+    "seeds": "seeds (test split)",
+}
+_SPEED = {  # metric -> label, factor
+    "prefill": ("prefill (s)", 1.0),
+    "decode": ("decode (ms per step)", 1.0),
+    "peak_bytes": ("peak above the weights (MB)", 1e-6),
+}
+_SINGLE = {"single_lora": ("#000000", "v", "--")}
+
+
+@styled
+def variant_accuracy(ablations: pd.DataFrame, studies: Sequence[str]) -> Figure:
+    """Mean accuracy of every variant, a panel a study; lines: the base model, and PEFT told the task.
+
+    Args:
+        ablations: rows of these studies and of ``reference``.
+        studies: those without rows are left out.
+    """
+    require_columns(ablations, NEEDED, "ablations.csv")
+    frame = ablations[(ablations["metric"] == "accuracy") & (ablations["task"] == "ALL")]
+    lines = frame[frame["study"] == "reference"].set_index("method")["value"]
+    panels = {study: frame[frame["study"] == study] for study in studies}
+    panels = {study: part for study, part in panels.items() if len(part)}
+    if not panels:
+        raise ValueError(f"ablations.csv has no accuracy of {', '.join(studies)}; run these studies first.")
+    heights = [part["variant"].nunique() for part in panels.values()]
+    figure = plt.figure(figsize=(6.8, 0.9 + sum(0.45 + 0.32 * n for n in heights)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=[n + 0.4 for n in heights])[:, 0]
+    for axes, (study, part) in zip(grid, panels.items()):
+        _dots(axes, part, list(dict.fromkeys(part["variant"])))
+        axes.set_title(STUDY_TITLES.get(study, study), loc="left", fontsize=9)
+        if study != "seeds":
+            for method in ("base", "peft"):
+                if method in lines:
+                    color, _, line = style_of(METHOD_STYLES, method)
+                    axes.axvline(lines[method], color=color, linestyle=line, linewidth=1.1, label=label(method))
+    grid[-1].set_xlabel("mean accuracy over the tasks, with 95% bootstrap interval")
+    _one_legend(figure, grid)
+    return figure
+
+
+@styled
+def added_adapter(ablations: pd.DataFrame) -> Figure:
+    """An adapter added to trained gates: accuracy of its task, and mean over the others, by how its row was made."""
+    frame = _of(ablations, "added", "accuracy")
+    variants = list(dict.fromkeys(frame["variant"]))
+    figure = plt.figure(figsize=(7.6, 1.5 + 0.4 * len(variants)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (part, title) in zip(panels, (("ADDED", "the added task"), ("OTHERS", "mean over the other tasks"))):
+        _dots(axes, frame[frame["task"] == part], variants)
+        axes.set(title=title, xlabel="accuracy")
+    _one_legend(figure, panels)
+    return figure
+
+
+@styled
+def accuracy_over_adapters(ablations: pd.DataFrame) -> Figure:
+    """Accuracy of the same tasks in models with more and more adapters, and how often the gates are right there."""
+    frame = _of(ablations, "adapters")
+    figure = plt.figure(figsize=(7.6, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    common = frame[(frame["metric"] == "accuracy") & (frame["task"] == "COMMON")]
+    for method in in_order(common["method"]):
+        part = common[common["method"] == method].sort_values("adapters")
+        color, marker, line = style_of(METHOD_STYLES, method)
+        left.plot(part["adapters"], part["value"], color=color, marker=marker, linestyle=line, label=label(method))
+        left.fill_between(part["adapters"].astype(float), part["low"], part["high"], color=color, alpha=0.12)
+    left.set(title="tasks that all models have", xlabel="adapters in the model", ylabel="mean accuracy", ylim=(0, None))
+    for metric, marker, line in (("gate_accuracy", "o", "-"), ("majority_accuracy", "s", "--")):
+        part = frame[frame["metric"] == metric].sort_values("adapters")
+        text = "single gates" if metric == "gate_accuracy" else "majority of a token's gates"
+        right.plot(part["adapters"], part["value"], color=BLUE, marker=marker, linestyle=line, label=text)
+    counts = np.array(sorted(frame["adapters"].dropna().unique()), dtype=float)
+    right.plot(counts, 1 / counts, color="#888888", linestyle=":", label="guessing")
+    right.set(title="right adapter first", xlabel="adapters in the model", ylabel="share of tokens", ylim=(0, 1.02))
+    _one_legend(figure, (left, right))
+    return figure
+
+
+@styled
+def unknown_tasks(ablations: pd.DataFrame) -> Figure:
+    """Tasks that no adapter of the model was trained for: accuracy, and loss of the right answer."""
+    frame = _of(ablations, "unknown")
+    tasks = list(dict.fromkeys(frame[frame["metric"] == "response_loss"]["task"]))
+    figure = plt.figure(figsize=(8.6, 1.6 + 0.36 * len(tasks)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, metric, text in zip(
+        panels, ("accuracy", "response_loss"), ("accuracy", "loss of the right answer (nats per token)")
+    ):
+        part = frame[(frame["metric"] == metric) & frame["task"].isin(tasks)]
+        _dots(axes, part.assign(variant=part["task"]), tasks)
+        axes.set_xlabel(text)
+    _one_legend(figure, panels)
+    return figure
+
+
+@styled
+def shots_curves(ablations: pd.DataFrame) -> Figure:
+    """Composite answers attempted (hollow) and correct (filled) by the number of solved examples in the prompt."""
+    frame = _of(ablations, "shots")
+    frame = frame[frame["metric"].isin(["attempted", "correct"])]
+    protocols = list(dict.fromkeys(frame["protocol"]))
+    figure = plt.figure(figsize=(0.8 + 3.4 * len(protocols), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(protocols), squeeze=False, sharey=True)[0]
+    for axes, protocol in zip(panels, protocols):
+        for method in in_order(frame["method"]):
+            color, marker, line = style_of(METHOD_STYLES, method)
+            for metric, face in (("attempted", "white"), ("correct", color)):
+                part = frame[
+                    (frame["protocol"] == protocol) & (frame["method"] == method) & (frame["metric"] == metric)
+                ].sort_values("shots")
+                axes.plot(
+                    part["shots"], part["value"], color=color, marker=marker, linestyle=line, markerfacecolor=face,
+                    label=f"{label(method)}, {metric}",
+                )  # fmt: skip
+        size = int(frame["composite"].iloc[0])
+        axes.set(title=f"composite-{size}, {protocol}", xlabel="solved examples in the prompt", ylim=(0, size))
+        axes.set_xticks(sorted(frame["shots"].unique()))
+    panels[0].set_ylabel(f"answers per item (of {size})")
+    _one_legend(figure, panels, columns=2)
+    return figure
+
+
+@styled
+def speed_curves(ablations: pd.DataFrame) -> Figure:
+    """Time and memory of the whole model: a row a measure, a column what is varied. Adapters: copies with some noise."""
+    frame = _of(ablations, "scale")
+    frame = frame[frame["metric"].isin(_SPEED)]
+    usual = frame.groupby("variant")[["adapters", "batch", "tokens"]].first()
+    columns = ("adapters", "batch", "tokens")
+    # what most settings share is what is held while another one is varied
+    held = {column: usual[column].mode().iloc[0] for column in columns}
+    varied = [column for column in columns if frame[column].nunique() > 1] or ["adapters"]
+    figure = plt.figure(figsize=(0.8 + 2.9 * len(varied), 7.0), layout="constrained")
+    grid = figure.subplots(len(_SPEED), len(varied), squeeze=False, sharex="col", sharey="row")
+    for column, axes_of in zip(varied, grid.T):
+        part = frame
+        for other in columns:
+            part = part[part[other] == held[other]] if other != column else part
+        for axes, (metric, (text, factor)) in zip(axes_of, _SPEED.items()):
+            for method in [m for m in ("base", "single_lora", "meteora_top2") if m in set(part["method"])]:
+                points = part[(part["method"] == method) & (part["metric"] == metric)].sort_values(column)
+                color, marker, line = style_of(METHOD_STYLES | _SINGLE, method)
+                axes.plot(
+                    points[column].astype(float), points["value"].astype(float) * factor, color=color, marker=marker,
+                    linestyle=line, label="One LoRA" if method == "single_lora" else label(method),
+                )  # fmt: skip
+            axes.set_xscale("log", base=2)
+        rest = ", ".join(f"{held[other]:g} {other}" for other in columns if other != column)
+        axes_of[0].set_title(f"{rest}", fontsize=8)
+        axes_of[-1].set_xlabel({"batch": "prompts at once", "tokens": "tokens of a prompt"}.get(column, column))
+        ticks = sorted(part[column].unique())
+        axes_of[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes_of[-1].minorticks_off()
+    for axes, (text, _) in zip(grid[:, 0], _SPEED.values()):  # shared by the row, so only when all of it is drawn
+        axes.set(ylabel=text, ylim=(0, None))
+    _one_legend(figure, grid.flat)
+    return figure
+
+
+def _of(ablations: pd.DataFrame, study: str, metric: str | None = None) -> pd.DataFrame:
+    require_columns(ablations, NEEDED, "ablations.csv")
+    frame = ablations[ablations["study"] == study]
+    frame = frame if metric is None else frame[frame["metric"] == metric]
+    if frame.empty:
+        raise ValueError(f"ablations.csv has no rows of study {study!r}; run it first.")
+    return frame
+
+
+def _dots(axes: Axes, part: pd.DataFrame, variants: Sequence[str]) -> None:
+    """Values with intervals: a line a variant, from the top down, a marker a method."""
+    methods = in_order(part["method"])
+    offsets = np.linspace(0.22, -0.22, len(methods)) if len(methods) > 1 else [0.0]
+    for method, offset in zip(methods, offsets):
+        own = part[part["method"] == method].set_index("variant").reindex(variants)
+        color, marker, _ = style_of(METHOD_STYLES, method)
+        places = np.arange(len(variants))[::-1] + offset
+        axes.hlines(places, own["low"].astype(float), own["high"].astype(float), color=color, linewidth=1.3)
+        axes.plot(own["value"], places, color=color, marker=marker, linestyle="", markersize=5, label=label(method))
+    axes.set_yticks(range(len(variants)), list(variants)[::-1])
+    axes.set_ylim(-0.5, len(variants) - 0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def _one_legend(figure: Figure, panels: Sequence[Axes], *, columns: int = 4) -> None:
+    """Every label of all panels once, below them."""
+    seen = {}
+    for axes in panels:
+        for handle, text in zip(*axes.get_legend_handles_labels()):
+            seen.setdefault(text, handle)
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside lower center", ncols=min(columns, max(1, len(seen)))
+    )  # fmt: skip

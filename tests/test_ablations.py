@@ -1,0 +1,389 @@
+"""Ablations: variants that are kept, studies that do what they say, on a tiny model with made-up tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from data_prep.base_models import load_base_model
+from data_prep.prepare import load_split
+from meteora import MeteoraModel, train_gates
+from meteora.adapters import load_adapter
+from meteora.batches import by_task, collate, encode
+from meteora.study import ablations as core
+from meteora.study import figures_ablations as figures
+from meteora.study.ablation_studies import STUDIES
+from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
+from meteora.study.ablations_gates import nested_tasks
+from meteora.study.ablations_routing import deciding_alone
+from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
+from meteora.study.ablations_tasks import SHRINKAGE, only_rows_trained, set_row
+from meteora.study.artifacts import Workspace
+from meteora.study.baselines import share_weights
+from meteora.study.collection import collect_adapters, write_index
+from meteora.study.examples import prepare_examples
+from meteora.study.profiles import PROFILES
+from meteora.study.transcripts import gate_examples
+
+CPU = torch.device("cpu")
+
+
+def make_workspace(folder, **changes) -> Workspace:
+    """What notebooks 01 and 02 leave of profile smoke, with some of its values replaced."""
+    values = yaml.safe_load((PROFILES / "smoke.yaml").read_text(encoding="utf-8")) | {"root": str(folder)}
+    methods = {"evaluation": ["base", "peft"], "composite": ["base"]}
+    for section, names in methods.items():
+        values[section] = values[section] | {"methods": names}
+    values["lora_f"] = None
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section] = values[section] | {name: value} if name else value
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "smoke.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    workspace = Workspace(folder / "smoke.yaml")
+    prepare_examples(workspace)
+    tasks = workspace.profile.tasks
+    train, valid = ({t: load_split(workspace.data, t, split) for t in tasks} for split in ("train", "valid"))
+    base, tokenizer = load_base_model("tiny")
+    found = collect_adapters(workspace, base, tokenizer, train, valid)
+    write_index(workspace, found)
+    model = MeteoraModel.from_adapters(base, found.tasks)
+    dataset = gate_examples(train, 8)
+    history = train_gates(
+        model, dataset, workspace.profile.gate_config(), tokenizer=tokenizer, output_dir=workspace.gates
+    )
+    workspace.write_csv("gate_training.csv", history)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture
+def ablations(workspace):
+    return Ablations(workspace, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def whole(workspace) -> pd.DataFrame:
+    """The rows of every study of the profile."""
+    ablations = Ablations(workspace, device=CPU)
+    for name, study in STUDIES.items():
+        assert list(ablations.run(name, study(ablations)).columns) == list(COLUMNS)
+    return ablations.all()
+
+
+def of(frame, **wanted):
+    for column, value in wanted.items():
+        frame = frame[frame[column] == value]
+    return frame
+
+
+# Variants are kept ----------------------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_run_once_until_something_it_depends_on_changes(tmp_path, workspace):
+    shutil.copytree(workspace.root, tmp_path / "files")
+    mine = Workspace(dataclasses.replace(workspace.profile, root=str(tmp_path / "files")))
+    calls = []
+
+    def variants(setting=1):
+        for name in ("a/b", "c"):
+            yield Variant(name, {"setting": setting}, lambda name=name: calls.append(name) or [row("accuracy", 0.5, n=2)])
+
+    def run(**options):
+        calls.clear()
+        return Ablations(mine, device=CPU).run("mine", variants(**options))
+
+    frame = run()
+    assert calls == ["a/b", "c"]
+    assert frame["variant"].tolist() == ["a/b", "a/b", "c", "c"]
+    assert frame["metric"].tolist() == ["accuracy", "seconds"] * 2
+    again = run()
+    assert calls == [] and again.equals(frame)
+    assert run(setting=2) is not None and calls == ["a/b", "c"]
+    (mine.artifacts / "ablations" / "mine" / "c.json").write_text("{not json")
+    run(setting=2)
+    assert calls == ["c"], "the other one still stands"
+    gates = mine.gates / "gates.safetensors"
+    gates.write_bytes(gates.read_bytes() + b" ")
+    run(setting=2)
+    assert calls == ["a/b", "c"], "other gates"
+
+
+def test_what_is_kept_loads_no_model(workspace, whole, monkeypatch):
+    monkeypatch.setattr(core, "open_study", None)
+    monkeypatch.setattr("meteora.study.ablations_composites.open_study", None)
+    again = Ablations(workspace, device=CPU)
+    for name, study in STUDIES.items():
+        again.run(name, study(again))
+    assert len(again.all()) == len(whole)
+
+
+def test_trained_gates_are_kept_by_name_and_recipe(ablations, monkeypatch):
+    config = ablations.profile.gate_config(max_steps=2)
+    first = ablations.trained("mine", ablations.model_with(ablations.tasks[:2]), config)
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "train_gates", None)
+        again = ablations.trained("mine", ablations.model_with(ablations.tasks[:2]), config)
+        assert again.seconds == pytest.approx(first.seconds, abs=0.01) and again.peak_bytes is None
+        for name, layer in first.model.layers.items():
+            assert torch.equal(again.model.layers[name].gate.weight, layer.gate.weight)
+        with pytest.raises(TypeError):
+            ablations.trained("mine", ablations.model_with(ablations.tasks[1:]), config)
+        with pytest.raises(TypeError):
+            ablations.trained("mine", ablations.model_with(ablations.tasks[:2]), dataclasses.replace(config, seed=9))
+
+
+# What the rows say ----------------------------------------------------------------------------------------------------
+
+
+def test_every_study_of_the_profile_leaves_rows(whole, workspace):
+    assert set(whole["study"]) == set(STUDIES)
+    keys = [column for column in COLUMNS if column not in ("value", "low", "high", "n", "unit")]
+    assert not whole.duplicated(keys).any()
+    settings = workspace.profile.ablations
+    assert set(of(whole, study="top_k")["variant"]) == {f"k={k}" for k in settings.top_k}
+    assert set(of(whole, study="adapters")["variant"]) == {"2 adapters", "3 adapters"}
+    assert set(of(whole, study="seeds")["split"].dropna()) == {"test"}
+    assert set(of(whole, study="added")["variant"]) == {
+        "before", "closed form", "its row trained", "all trained anew",
+    }  # fmt: skip
+
+
+def test_means_are_those_of_the_tasks(whole, workspace):
+    added = workspace.profile.ablations.added_task
+    rows = of(whole, study="added", variant="closed form", metric="accuracy", method="meteora_top2").set_index("task")
+    tasks = [task for task in workspace.profile.tasks]
+    assert rows.loc["ALL", "value"] == pytest.approx(rows.loc[tasks, "value"].mean())
+    assert rows.loc["ADDED", "value"] == pytest.approx(rows.loc[added, "value"])
+    others = [task for task in tasks if task != added]
+    assert rows.loc["OTHERS", "value"] == pytest.approx(rows.loc[others, "value"].mean())
+    assert (rows["low"] <= rows["value"]).all() and (rows["value"] <= rows["high"]).all()
+
+
+def test_k_1_is_meteora_top1(whole):
+    one = of(whole, study="top_k", variant="k=1", metric="accuracy").set_index("task")["value"]
+    same = of(whole, study="reference", method="meteora_top1", metric="accuracy").set_index("task")["value"]
+    assert one.to_dict() == same.to_dict()
+
+
+def test_shares_of_unknown_prompts_are_over_the_adapters_that_are_left(whole, workspace):
+    shares = of(whole, study="unknown", metric="share")
+    (task,) = workspace.profile.ablations.held_out
+    assert set(shares["task"]) == {task} and task not in set(shares["adapter"])
+    assert shares["value"].sum() == pytest.approx(1, abs=1e-3)
+    losses = of(whole, study="unknown", metric="response_loss").set_index("method")["value"]
+    assert set(losses.index) == {"base", "meteora_top2", "peft"} and losses["peft"] < losses["base"]
+
+
+def test_foreign_prompts_are_prepared_and_met(tmp_path):
+    changes = {
+        "ablations": {"samples": 2, "foreign": ["toy_parity"]},
+        "composite__sizes": {2: ["toy_echo", "toy_first_letter"]},
+        "composite__temperature": {},
+    }
+    mine = make_workspace(tmp_path, tasks=["toy_echo", "toy_first_letter"], **changes)
+    ablations = Ablations(mine, device=CPU)
+    frame = ablations.run("unknown", STUDIES["unknown"](ablations))
+    assert set(frame["variant"]) == {"foreign"}
+    assert set(of(frame, metric="share")["adapter"]) == {"toy_echo", "toy_first_letter"}
+    assert set(of(frame, metric="response_loss")["task"]) == {"toy_parity"}
+    empty = [name for name, study in STUDIES.items() if ablations.run(name, study(ablations)).empty]
+    assert empty == [name for name in STUDIES if name not in ("reference", "unknown")], "what is not set is left out"
+
+
+# One more task --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_added_row_is_trained(ablations):
+    *others, added = ablations.tasks
+    model = ablations.trained("without", ablations.model_with(others), ablations.profile.gate_config(max_steps=3)).model
+    model.add_adapter(added, ablations.study.adapters[added])
+    before = {name: layer.gate.weight.detach().clone() for name, layer in model.layers.items()}
+    assert all((weight[2] == 0).all() and weight[:2].any() for weight in before.values())
+    config = ablations.profile.gate_config(max_steps=3)
+    with only_rows_trained(model, [2]):
+        ablations.trained("row", model, config, tasks=ablations.tasks)
+    for name, layer in model.layers.items():
+        assert torch.equal(layer.gate.weight[:2], before[name][:2]), "bit by bit"
+        assert layer.gate.weight[2].any()
+    other = ablations.model_with(ablations.tasks)
+    ablations.trained("after", other, config)
+    assert all(layer.gate.weight.any(1).all() for layer in other.layers.values()), "the hook is gone"
+
+
+def test_a_row_in_closed_form_is_the_ridge_regression_on_the_inputs(ablations):
+    *others, added = ablations.tasks
+    model = ablations.trained("without", ablations.model_with(others), ablations.profile.gate_config(max_steps=3)).model
+    model.add_adapter(added, ablations.study.adapters[added])
+    shown = {task: ablations.valid[task] for task in ablations.tasks}
+    tokenizer, layer = ablations.study.tokenizer, next(iter(model.layers.values()))
+    inputs, owners = [], []
+    hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0].detach()))
+    names = {name: n for n, name in enumerate(model.adapter_names)}
+    samples = encode([r for rows in shown.values() for r in rows], names, tokenizer, 1024)
+    for sample in samples:
+        batch = collate([sample], tokenizer.pad_token_id, CPU)
+        with torch.no_grad(), model.route_to(model.adapter_names[sample.task]):
+            model(input_ids=batch.input_ids)
+        owners += [sample.task] * len(sample.ids)
+    hook.remove()
+    x, owner = torch.cat(inputs).double(), torch.tensor(owners)
+    logits = x @ layer.gate.weight.detach().double().T
+    new = owner == 2
+    own = logits[~new].gather(1, owner[~new, None]).mean()
+    other = logits[~new][:, :2].sum(1).mean() - own  # of the one other trained row
+    weight = torch.where(new, 1 / new.sum(), 1 / (~new).sum()).double()
+    target = torch.where(new, own, other)
+    second = (x * weight[:, None]).T @ x
+    ridge = SHRINKAGE * second.diagonal().mean() * torch.eye(len(second))
+    expected = torch.linalg.solve(second + ridge, (x * (weight * target)[:, None]).sum(0))
+    set_row(model, tokenizer, shown, added, max_length=1024)
+    torch.testing.assert_close(layer.gate.weight[2].detach().double(), expected, rtol=1e-2, atol=1e-3)
+    assert model.state.gate_observer is None and model.state.forced is None
+    assert len(by_task(samples)) == 3
+
+
+# Who decides ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_layers_follow_the_last_decision(ablations):
+    model = ablations.study.model
+    for n, layer in enumerate(model.layers.values()):
+        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def choices(*context):
+        with torch.no_grad(), model.trace() as trace:
+            if context:
+                with context[0]:
+                    model(input_ids=ids)
+            else:
+                model(input_ids=ids)
+        return trace.indices
+
+    free, led = choices(), choices(deciding_alone(model, ["o_proj", "down_proj"]))
+    names = list(model.layers)
+    parts = [name.rpartition(".")[2] for name in names]
+    ahead = parts.index("o_proj")
+    assert all(torch.equal(led[name], free[name]) for name in names[: ahead + 1]), "nothing was decided before them"
+    for n in range(ahead + 1, len(names)):
+        if parts[n] not in ("o_proj", "down_proj"):
+            leader = max(m for m in range(n) if parts[m] in ("o_proj", "down_proj"))
+            assert torch.equal(led[names[n]], led[names[leader]])
+    assert any(not torch.equal(led[name], free[name]) for name in names)
+    assert model.state.forced is None and model.state.gate_observer is None
+    assert all(torch.equal(a, b) for a, b in zip(choices().values(), free.values(), strict=True))
+    with deciding_alone(model, ["q_proj"]):
+        cached, plain = (
+            model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)
+        )
+    assert torch.equal(cached, plain), "also token by token"
+    everything = choices(deciding_alone(model, set(parts)))
+    assert all(torch.equal(everything[name], free[name]) for name in names)
+
+
+def test_sets_of_tasks_are_nested():
+    tasks = [f"task {n}" for n in range(22)]
+    sets = [nested_tasks(tasks, count, 0) for count in (4, 8, 16, 22)]
+    assert [len(s) for s in sets] == [4, 8, 16, 22] and sets[-1] == tasks
+    for small, large in zip(sets, sets[1:]):
+        assert set(small) < set(large) and small == [task for task in tasks if task in small]
+    assert nested_tasks(tasks, 4, 1) != sets[0]
+
+
+# Time and memory ------------------------------------------------------------------------------------------------------
+
+
+def test_copies_differ_a_little_and_count_as_many(ablations):
+    loaded = [load_adapter(task, path) for task, path in ablations.study.adapters.items()]
+    copies = perturbed_copies(loaded, 7)
+    assert len({adapter.name for adapter in copies}) == 7
+    assert copies[:3] == loaded
+    for n in range(3, 7):
+        for module, weights in copies[n].modules.items():
+            original = loaded[n % 3].modules[module]
+            distance = (weights.A.float() - original.A.float()).norm() / original.A.float().norm()
+            assert 0 < distance < 0.05 and weights.A.dtype == original.A.dtype
+    model = model_of_copies(ablations, 7)
+    assert len(model.adapter_names) == 7 and model.top_k == 2
+    assert all(len(layer.gate.weight) == 7 for layer in model.layers.values())
+    assert model_of_copies(ablations, 1).top_k == 1
+
+
+def test_a_measurement_that_does_not_fit_is_a_row_that_says_so(ablations):
+    model = model_of_copies(ablations, 3)
+    options = {"batch": 2, "tokens": 5, "new_tokens": 2, "repeats": 2, "device": CPU}
+    rows = measure(model, model.disable_adapters, **options)
+    assert [r["metric"] for r in rows] == ["prefill", "decode", "peak_bytes"] and all(r["value"] > 0 for r in rows)
+
+    class Small(torch.nn.Module):
+        config = model.config
+
+        def forward(self, **inputs):
+            raise torch.OutOfMemoryError
+
+    rows = measure(Small(), model.disable_adapters, **options)
+    assert {(r["value"], r["unit"]) for r in rows} == {(None, OUT_OF_MEMORY)}
+
+
+def test_backends_that_cannot_run_here_are_left_out(workspace, whole, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    variants = of(whole, study="latency")["variant"].unique()
+    assert list(variants) == ["auto", "loop"]
+    speed = dataclasses.replace(workspace.profile.ablations.speed, backends=("loop", "triton"))
+    settings = dataclasses.replace(workspace.profile.ablations, speed=speed)
+    mine = Ablations(Workspace(dataclasses.replace(workspace.profile, ablations=settings)), device=CPU)
+    assert [variant.name for variant in STUDIES["latency"](mine)] == ["loop"]
+
+
+def test_methods_share_one_model(ablations):
+    model = ablations.model_with(ablations.tasks)
+    found = methods_of(model, "base", "meteora_top2")
+    assert all(method.model is model for method in found.values())
+    plain = share_weights(ablations.study.plain)
+    with torch.no_grad(), found["base"].active():
+        ids = torch.tensor([[5, 6, 7]])
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_show_what_the_rows_say(whole):
+    figure = figures.variant_accuracy(whole, ["top_k", "gates", "seeds", "not there"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "adapters per token (k)", "training of the gates", "seeds (test split)",
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["k=3", "k=1"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "PEFT (told the task)" in texts and "MeteoRA top-3" in texts and len(set(texts)) == len(texts)
+    figure = figures.added_adapter(whole)
+    assert [axes.get_title() for axes in figure.axes] == ["the added task", "mean over the other tasks"]
+    assert figures.accuracy_over_adapters(whole).axes[0].get_xlabel() == "adapters in the model"
+    assert len(figures.unknown_tasks(whole).axes) == 2
+    assert [axes.get_title() for axes in figures.shots_curves(whole).axes] == [
+        "composite-2, numbered", "composite-2, guided",
+    ]  # fmt: skip
+    figure = figures.speed_curves(whole)
+    assert figure.axes[0].get_ylabel() == "prefill (s)"
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    expected = of(whole, study="scale", metric="prefill", method="meteora_top2", batch=1, tokens=8)
+    assert list(lines["MeteoRA top-2"]) == expected.sort_values("adapters")["value"].tolist()
+
+
+def test_a_study_that_was_not_run_is_named(whole):
+    with pytest.raises(ValueError, match="no rows of study 'added'"):
+        figures.added_adapter(whole[whole["study"] == "top_k"])
+    with pytest.raises(ValueError, match="no accuracy of gates; run"):
+        figures.variant_accuracy(whole[whole["study"] == "top_k"], ["gates"])
+    with pytest.raises(ValueError, match="lacks the columns"):
+        figures.added_adapter(pd.DataFrame({"study": ["added"]}))

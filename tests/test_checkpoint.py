@@ -1,0 +1,225 @@
+"""Checkpoints: whole or not at all, refused by name where they do not fit, on the hub as in a directory."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+import meteora
+from meteora import AdapterError, MeteoraModel, checkpoint
+
+Q = "model.layers.0.self_attn.q_proj"
+ODD = ["dots.in.it", "with space", "a/b", "日本", "..", "trailing."]
+
+
+@pytest.fixture
+def base(tiny_llama):
+    return tiny_llama
+
+
+@pytest.fixture
+def model(core, base, mixed_adapters):
+    return core.randomize_gates(MeteoraModel.from_adapters(copy.deepcopy(base), mixed_adapters))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("copy_adapters", [True, False])
+def test_a_checkpoint_restores_everything(core, model, base, tmp_path, copy_adapters):
+    model.set_top_k(3)
+    model.set_temperature(7.5)
+    model.set_backend("loop")
+    model.state.warning = None
+    model.save_pretrained(tmp_path / "m", copy_adapters=copy_adapters)
+    assert (tmp_path / "m" / "adapters").exists() == copy_adapters
+    assert not list((tmp_path / "m").rglob("*.bin")) and not list((tmp_path / "m").rglob("*.pt"))
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    assert again.adapter_names == model.adapter_names
+    assert (again.top_k, again.state.temperature, again.state.backend) == (3, 7.5, "loop")
+    assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
+
+
+def test_odd_names_survive(core, base, mixed_adapters, tmp_path):
+    model = core.randomize_gates(MeteoraModel.from_adapters(base, dict.fromkeys(ODD, mixed_adapters["one"])))
+    model.save_pretrained(tmp_path / "m")
+    again = MeteoraModel.from_pretrained(model.unload(), tmp_path / "m")
+    assert again.adapter_names == ODD
+    for name in ODD:
+        with again.route_to(name):
+            logits(again, core.tokens(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_saving_onto_the_directory_it_came_from(core, model, base, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    core.randomize_gates(again, seed=5)
+    with pytest.raises(AdapterError, match="'one' lies in .*which would be replaced"):
+        again.save_pretrained(tmp_path / "m", copy_adapters=False)
+    again.save_pretrained(tmp_path / "m")
+    third = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    assert torch.equal(logits(third, core.tokens()), logits(again, core.tokens()))
+
+
+def test_saving_never_replaces_other_files(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(model, base, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "m")
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(meteora.checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+
+
+def test_a_changed_adapter_is_refused(model, base, mixed_adapters, tmp_path):
+    source = Path(shutil.copytree(mixed_adapters["one"], tmp_path / "source"))
+    mine = MeteoraModel.from_adapters(copy.deepcopy(base), {"one": source})
+    mine.save_pretrained(tmp_path / "m", copy_adapters=False)
+    weights = load_file(source / "adapter_model.safetensors")
+    save_file({k: v * 2 for k, v in weights.items()}, source / "adapter_model.safetensors")
+    with pytest.raises(
+        AdapterError, match="'one' .*is not the one the gates .*sha256 is [0-9a-f]{64}, .*says [0-9a-f]{64}"
+    ):
+        MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    with pytest.raises(AdapterError, match="'one'.*changed since it was loaded"):
+        mine.save_pretrained(tmp_path / "m2")
+    assert not (tmp_path / "m2").exists()
+
+
+def test_broken_checkpoints_are_named(model, base, tmp_path):
+    directory = tmp_path / "m"
+    with pytest.raises(AdapterError, match="there is no directory .*m, and it is no hub id"):
+        MeteoraModel.from_pretrained(base, directory)
+    directory.mkdir()
+    with pytest.raises(AdapterError, match="has no meteora_config.json"):
+        MeteoraModel.from_pretrained(base, directory)
+    model.save_pretrained(directory)
+    gates = load_file(directory / "gates.safetensors")
+
+    def refused(message):
+        with pytest.raises(AdapterError, match=message):
+            MeteoraModel.from_pretrained(copy.deepcopy(base), directory)
+
+    save_file({**gates, Q: gates[Q][:3]}, directory / "gates.safetensors")
+    refused(rf"the gate of '{Q}' has shape \(3, 32\); expected \(4, 32\)")
+    save_file({**gates, Q: gates[Q] * torch.nan}, directory / "gates.safetensors")
+    refused(f"the gate of '{Q}' holds NaN")
+    save_file({name: gate for name, gate in gates.items() if name != Q}, directory / "gates.safetensors")
+    refused(f"a gate for '{Q}' is on one side only")
+    (directory / "gates.safetensors").write_bytes(b"not safetensors")
+    refused("gates.safetensors is corrupt")
+    saved = json.loads((directory / "meteora_config.json").read_text())
+    (directory / "meteora_config.json").write_text(json.dumps({**saved, "format": 99}))
+    refused("has format 99")
+    for text in ("{", "[]"):
+        (directory / "meteora_config.json").write_text(text)
+        refused("not valid JSON|has format None")
+    (directory / "gates.safetensors").unlink()
+    refused("has no gates.safetensors")
+
+
+def test_the_card_says_what_is_inside(model, base, tmp_path):
+    model.state.warning = None
+    model.base_model.config._name_or_path = "me/tiny: a 'test'"
+    model.save_pretrained(tmp_path / "m")
+    _, header, body = (tmp_path / "m" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["base_model"] == "me/tiny: a 'test'" and header["pipeline_tag"] == "text-generation"
+    for n, adapter in enumerate(model.adapters):
+        assert f"| {n} | `{adapter.name}` | " in body and f"`{adapter.sha256[:12]}`" in body
+    assert "4 LoRA adapters, and a gate in each of 14 linear layers that chooses\n2 of them" in body
+    assert "The gates are trained." in body
+    assert "| `one` | 4: 14 |" in body and "| `four` | 4: 2, 6: 1 |" in body
+    code = body.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    model.state.warning = "never trained"
+    assert "never trained: what they choose is arbitrary" in checkpoint.model_card(model)
+
+
+def test_the_card_holds_no_path_of_this_machine(core, base, mixed_adapters, tmp_path):
+    base.save_pretrained(tmp_path / "secret" / "tiny")
+    model = MeteoraModel.from_adapters(tmp_path / "secret" / "tiny", mixed_adapters)
+    assert "secret" not in checkpoint.model_card(model) and "`tiny`" in checkpoint.model_card(model)
+
+
+class FakeHub:
+    """The two calls of the hub's client that are used; what is uploaded lands in ``folder``."""
+
+    def __init__(self, folder):
+        self.folder, self.made = folder, []
+
+    def __call__(self, token=None):
+        self.token = token
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.made.append((repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, self.folder / repo_id)
+        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})
+
+    def download(self, repo_id, allow_patterns):
+        here = self.folder / repo_id
+        if not here.is_dir():
+            raise LocalEntryNotFoundError("offline")
+        found = {path for pattern in allow_patterns for path in here.glob(pattern)}
+        copied = self.folder / "cache"
+        for path in found:
+            (copied / path.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied / path.relative_to(here))
+        return str(copied)
+
+
+def test_a_checkpoint_goes_to_the_hub_and_comes_back(core, model, base, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path)
+    monkeypatch.setattr(checkpoint, "HfApi", hub)
+    monkeypatch.setattr(checkpoint, "snapshot_download", hub.download)
+    assert model.push_to_hub("me/mixture", private=True, token="t") == "https://hub/me/mixture/commit/1"
+    assert (hub.made, hub.token) == ([("me/mixture", True, True)], "t")
+    assert (tmp_path / "me" / "mixture" / "README.md").is_file()
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), "me/mixture")
+    assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
+    assert not list((tmp_path / "cache").rglob("README.md"))  # only what is read is downloaded
+    with pytest.raises(AdapterError, match="no directory me/other, and the hub did not give it .*network"):
+        MeteoraModel.from_pretrained(base, "me/other")
+
+
+def test_a_hub_that_refuses_is_one_sentence(model, monkeypatch):
+    class Refusing(FakeHub):
+        def create_repo(self, repo_id, **options):
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(checkpoint, "HfApi", Refusing(None))
+    with pytest.raises(AdapterError, match="the hub did not take 'me/mixture' .*your token") as error:
+        model.push_to_hub("me/mixture")
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    with pytest.raises(AdapterError, match="'no id at all' is no hub id"):
+        model.push_to_hub("no id at all")
+
+
+def test_the_weights_are_held_once(model, mixed_adapters):
+    model.add_adapter("late", mixed_adapters["one"])
+    assert len(model.adapters) == 5 and not any(adapter.modules for adapter in model.adapters)

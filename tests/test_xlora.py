@@ -1,0 +1,109 @@
+"""Method xlora: the outputs of PEFT's own X-LoRA model, with a KV cache that PEFT does without, and a training."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, XLoraConfig, get_peft_model
+
+from data_prep.base_models import load_base_model
+from data_prep.toy import toy_examples
+from meteora import MeteoraModel
+from meteora.config import TrainingConfig
+from meteora.study.baselines import share_weights
+from meteora.study.evaluation import generate_answers
+from meteora.study.transcripts import gate_examples
+from meteora.study.xlora import XLora, train_xlora, xlora_method
+
+TASKS = ["toy_echo", "toy_first_letter", "toy_parity"]
+CONFIG = TrainingConfig(max_steps=6, samples_per_step=2, learning_rate=0.1, seed=3)
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(1)
+    model, tokenizer = load_base_model("tiny")
+    for weights in model.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.normal_(weights, std=0.4)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, task in enumerate(TASKS):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=3, lora_alpha=6, target_modules=["v_proj", "up_proj"], init_lora_weights=False)
+        get_peft_model(copy.deepcopy(base[0]), config).save_pretrained(folder / task)
+    return {task: folder / task for task in TASKS}
+
+
+@pytest.fixture
+def xlora(base, adapters):
+    return XLora(MeteoraModel.from_adapters(share_weights(base[0]), adapters), seed=4).eval()
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return gate_examples({task: toy_examples(task)[:8] for task in TASKS}, 6)
+
+
+def test_outputs_are_those_of_pefts_model(base, adapters, xlora):
+    model = copy.deepcopy(base[0])
+    model.config.use_cache = False
+    numbered = {str(n): str(path) for n, path in enumerate(adapters.values())}
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=model.config.hidden_size, adapters=numbered)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.base_model.internal_xlora_classifier.load_state_dict(xlora.classifier.state_dict())
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected, found = theirs(**inputs, use_cache=False).logits, xlora(**inputs, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found, base[0](**inputs).logits, atol=1e-2)
+
+
+def test_the_cache_changes_nothing(base, xlora):
+    _, tokenizer = base
+    prompts = [row["prompt"] for task in TASKS for row in toy_examples(task)[:2]]
+    together = generate_answers(xlora, tokenizer, prompts, batch_size=4, max_new_tokens=6)
+    assert len(set(together)) > 1
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids, written = tokenizer(prompt)["input_ids"], []
+        for _ in range(6):
+            with torch.no_grad():
+                scores = xlora(input_ids=torch.tensor([ids + written]), use_cache=False).logits[0, -1]
+            if scores.argmax() == tokenizer.eos_token_id:
+                break
+            written.append(scores.argmax().item())
+        assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer
+
+
+def test_training_lowers_the_loss_and_touches_the_classifier_alone(base, xlora, dataset, tmp_path):
+    _, tokenizer = base
+    frozen = {name: t.clone() for name, t in xlora.model.state_dict().items()}
+    start = copy.deepcopy(xlora.classifier.state_dict())
+    history = train_xlora(xlora, dataset, CONFIG, tokenizer=tokenizer, output_dir=tmp_path / "xlora")
+    assert [row["step"] for row in history] == list(range(1, 7))
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert all(torch.equal(frozen[name], t) for name, t in xlora.model.state_dict().items())
+    assert not any(torch.equal(start[name], t) for name, t in xlora.classifier.state_dict().items())
+    assert xlora.model.state.forced is None and xlora.model.state.backend == "auto"
+
+
+def test_what_is_trained_is_kept_until_something_changes(base, adapters, dataset, tmp_path, monkeypatch):
+    model, tokenizer = base
+    wrapped = MeteoraModel.from_adapters(share_weights(model), adapters)
+    options = {"tokenizer": tokenizer, "output_dir": tmp_path / "xlora"}
+    first = xlora_method(wrapped, dataset, CONFIG, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("meteora.study.xlora.TrainingRun", None)
+        again = xlora_method(wrapped, dataset, CONFIG, **options)
+        with pytest.raises(TypeError):
+            xlora_method(wrapped, dataset[:-1], CONFIG, **options)
+    assert again.identity() == first.identity()
+    assert set(first.identity()["weights"]) == {"base", "adapters", "classifier"}
+    other = xlora_method(wrapped, dataset[:-1], CONFIG, **options)
+    assert other.identity() != first.identity()
