@@ -121,3 +121,15 @@ def test_set_up_seeds(workspace) -> None:
 
     assert draw() == draw()
     assert torch.get_num_threads() == workspace.profile.threads
+
+
+def test_the_peak_of_memory_is_told_and_kept_for_the_manifest(workspace) -> None:
+    import torch
+
+    from meteora.study.records import Records
+
+    assert Records(workspace).peak(find_stage("03")) is None
+    told = artifacts.peak_memory(workspace, "03", torch.device("cpu"))
+    kept = Records(workspace).peak(find_stage("03"))
+    assert kept["memory"] == "main" and kept["bytes"] > 1e8
+    assert told == f"peak of main memory: {kept['bytes'] / 1e9:.1f} GB"

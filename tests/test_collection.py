@@ -106,9 +106,8 @@ def test_nothing_is_trained_twice_unless_something_changed(trained, base, exampl
 def test_adapters_of_a_folder_are_copied_as_they_are(trained, base, examples, tmp_path):
     source = tmp_path / "shelf" / "adapters"
     shutil.copytree(trained[0].adapters, source)
-    (tmp_path / "shelf" / "metrics").mkdir()
     curve = pd.DataFrame([{"step": 1, "task": "toy_echo", "split": "train", "loss": 2.5}])
-    curve.to_csv(tmp_path / "shelf" / "metrics" / HISTORY, index=False)
+    curve.to_csv(source / HISTORY, index=False)
     lora_b = {"source": str(source / "lora_b")}
     workspace = _workspace(tmp_path / "run", adapters={"source": str(source)}, lora_b=lora_b, lora_f=None)
     found = collect_adapters(workspace, *base, *examples)

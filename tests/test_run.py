@@ -289,6 +289,7 @@ def test_manifest(study) -> None:
     assert manifest["profile"]["evaluation"]["test_samples"] == load_profile("smoke").evaluation.test_samples
     assert set(manifest["notebooks"]) == {STAGES[n].notebook for n in ("01", "02", "03")}
     assert all(entry["seconds"] >= 0 for entry in manifest["notebooks"].values())
+    assert all(entry["peak"] is None for entry in manifest["notebooks"].values()), "these notebooks did not say"
     assert {"git_revision", "versions", "device", "seed", "inputs"} <= set(manifest)
 
 

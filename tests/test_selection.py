@@ -8,6 +8,7 @@ import pytest
 from data_prep.base_models import load_base_model
 from data_prep.prepare import prepare_tasks
 from meteora import MeteoraModel
+from meteora.study.collection import HISTORY
 from meteora.study.profiles import load_profile
 from meteora.study.selection import choose, data_section, select_and_train
 
@@ -38,7 +39,7 @@ def test_what_ships(shipped):
         pandas.read_csv(folder / "out" / "metrics" / "task_selection.csv"), table, check_dtype=False
     )
     adapters = folder / "out" / "adapters"
-    assert sorted(path.name for path in adapters.iterdir()) == sorted([*chosen, "lora_b"])
+    assert sorted(path.name for path in adapters.iterdir()) == sorted([*chosen, "lora_b", HISTORY])
     card = (adapters / "lora_b" / "README.md").read_text()
     assert all(f"- `{task}`" in card for task in chosen) and "| training samples | 24 |" in card
     assert f"- `{chosen[0]}`" in (adapters / chosen[0] / "README.md").read_text()
@@ -48,7 +49,7 @@ def test_what_ships(shipped):
 
 def test_lora_b_sees_the_union_in_every_step(shipped):
     profile, folder, table = shipped
-    history = pandas.read_csv(folder / "out" / "metrics" / "adapter_training.csv")
+    history = pandas.read_csv(folder / "out" / "adapters" / HISTORY)
     assert set(history["task"]) == {*profile.tasks, "lora_b"}
     config = json.loads((folder / "out" / "metrics" / "task_selection.json").read_text())["adapters"]
     card = (folder / "out" / "adapters" / "lora_b" / "README.md").read_text()

@@ -46,7 +46,7 @@ class Collection:
         tasks: task -> PEFT directory.
         single: name -> PEFT directory of an adapter that is used for every task, such as ``lora_b``.
         history: rows ``step,task,split,loss`` of their training: of this run's, or what whoever trained them recorded
-            as ``metrics/adapter_training.csv`` beside their folder.
+            as ``adapter_training.csv`` in their folder.
     """
 
     tasks: dict[str, Path]
@@ -77,7 +77,7 @@ def collect_adapters(
     else:
         folder = profile.adapters.path
         found = {task: collect(task, adapter_directory(folder, task), workspace.adapters) for task in train}
-        recorded = folder.parent / "metrics" / HISTORY
+        recorded = folder / HISTORY
         if recorded.is_file():
             history += pandas.read_csv(recorded).to_dict("records")
     single = {}

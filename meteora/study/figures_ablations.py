@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meteora.study.figures_style import BLUE, METHOD_STYLES, style_of, styled
+from meteora.study.figures_style import BLUE, METHOD_STYLES, mix, style_of, styled
 from meteora.study.tables import in_order, label, require_columns
 
 NEEDED = ("study", "variant", "method", "task", "metric", "value", "low", "high")
@@ -27,7 +27,11 @@ _SPEED = {  # metric -> label, factor
     "decode": ("decode (ms per step)", 1.0),
     "peak_bytes": ("peak above the weights (MB)", 1e-6),
 }
-_SINGLE = {"single_lora": ("#000000", "v", "--")}
+_STYLES = METHOD_STYLES | {
+    "meteora_top3": (mix(BLUE, "#000000", 0.3), "D", "-"),
+    "meteora_top4": (mix(BLUE, "#000000", 0.6), "s", "-"),
+    "single_lora": ("#000000", "v", "--"),
+}
 
 
 @styled
@@ -54,7 +58,7 @@ def variant_accuracy(ablations: pd.DataFrame, studies: Sequence[str]) -> Figure:
         if study != "seeds":
             for method in ("base", "peft"):
                 if method in lines:
-                    color, _, line = style_of(METHOD_STYLES, method)
+                    color, _, line = style_of(_STYLES, method)
                     axes.axvline(lines[method], color=color, linestyle=line, linewidth=1.1, label=label(method))
     grid[-1].set_xlabel("mean accuracy over the tasks, with 95% bootstrap interval")
     _one_legend(figure, grid)
@@ -84,7 +88,7 @@ def accuracy_over_adapters(ablations: pd.DataFrame) -> Figure:
     common = frame[(frame["metric"] == "accuracy") & (frame["task"] == "COMMON")]
     for method in in_order(common["method"]):
         part = common[common["method"] == method].sort_values("adapters")
-        color, marker, line = style_of(METHOD_STYLES, method)
+        color, marker, line = style_of(_STYLES, method)
         left.plot(part["adapters"], part["value"], color=color, marker=marker, linestyle=line, label=label(method))
         left.fill_between(part["adapters"].astype(float), part["low"], part["high"], color=color, alpha=0.12)
     left.set(title="tasks that all models have", xlabel="adapters in the model", ylabel="mean accuracy", ylim=(0, None))
@@ -95,6 +99,8 @@ def accuracy_over_adapters(ablations: pd.DataFrame) -> Figure:
     counts = np.array(sorted(frame["adapters"].dropna().unique()), dtype=float)
     right.plot(counts, 1 / counts, color="#888888", linestyle=":", label="guessing")
     right.set(title="right adapter first", xlabel="adapters in the model", ylabel="share of tokens", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.set_xticks(counts, [f"{count:g}" for count in counts])
     _one_legend(figure, (left, right))
     return figure
 
@@ -126,14 +132,14 @@ def shots_curves(ablations: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, len(protocols), squeeze=False, sharey=True)[0]
     for axes, protocol in zip(panels, protocols):
         for method in in_order(frame["method"]):
-            color, marker, line = style_of(METHOD_STYLES, method)
+            color, marker, line = style_of(_STYLES, method)
             for metric, face in (("attempted", "white"), ("correct", color)):
                 part = frame[
                     (frame["protocol"] == protocol) & (frame["method"] == method) & (frame["metric"] == metric)
                 ].sort_values("shots")
                 axes.plot(
                     part["shots"], part["value"], color=color, marker=marker, linestyle=line, markerfacecolor=face,
-                    label=f"{label(method)}, {metric}",
+                    label=f"{label(method)}, {metric}", clip_on=False,
                 )  # fmt: skip
         size = int(frame["composite"].iloc[0])
         axes.set(title=f"composite-{size}, {protocol}", xlabel="solved examples in the prompt", ylim=(0, size))
@@ -162,14 +168,15 @@ def speed_curves(ablations: pd.DataFrame) -> Figure:
         for axes, (metric, (text, factor)) in zip(axes_of, _SPEED.items()):
             for method in [m for m in ("base", "single_lora", "meteora_top2") if m in set(part["method"])]:
                 points = part[(part["method"] == method) & (part["metric"] == metric)].sort_values(column)
-                color, marker, line = style_of(METHOD_STYLES | _SINGLE, method)
+                color, marker, line = style_of(_STYLES, method)
                 axes.plot(
                     points[column].astype(float), points["value"].astype(float) * factor, color=color, marker=marker,
                     linestyle=line, label="One LoRA" if method == "single_lora" else label(method),
                 )  # fmt: skip
             axes.set_xscale("log", base=2)
-        rest = ", ".join(f"{held[other]:g} {other}" for other in columns if other != column)
-        axes_of[0].set_title(f"{rest}", fontsize=8)
+        words = {"adapters": "{:g} adapters", "batch": "batch of {:g}", "tokens": "{:g} tokens"}
+        rest = ", ".join(words[other].format(held[other]) for other in columns if other != column)
+        axes_of[0].set_title(rest, fontsize=8)
         axes_of[-1].set_xlabel({"batch": "prompts at once", "tokens": "tokens of a prompt"}.get(column, column))
         ticks = sorted(part[column].unique())
         axes_of[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -192,13 +199,17 @@ def _of(ablations: pd.DataFrame, study: str, metric: str | None = None) -> pd.Da
 def _dots(axes: Axes, part: pd.DataFrame, variants: Sequence[str]) -> None:
     """Values with intervals: a line a variant, from the top down, a marker a method."""
     methods = in_order(part["method"])
-    offsets = np.linspace(0.22, -0.22, len(methods)) if len(methods) > 1 else [0.0]
+    alone = part.groupby("variant").size().max() == 1  # then nothing is in its way
+    offsets = len(methods) * [0.0] if alone else np.linspace(0.22, -0.22, len(methods))
     for method, offset in zip(methods, offsets):
         own = part[part["method"] == method].set_index("variant").reindex(variants)
-        color, marker, _ = style_of(METHOD_STYLES, method)
+        color, marker, _ = style_of(_STYLES, method)
         places = np.arange(len(variants))[::-1] + offset
         axes.hlines(places, own["low"].astype(float), own["high"].astype(float), color=color, linewidth=1.3)
-        axes.plot(own["value"], places, color=color, marker=marker, linestyle="", markersize=5, label=label(method))
+        axes.plot(
+            own["value"], places, color=color, marker=marker, linestyle="", markersize=5, label=label(method),
+            clip_on=False,
+        )  # fmt: skip
     axes.set_yticks(range(len(variants)), list(variants)[::-1])
     axes.set_ylim(-0.5, len(variants) - 0.5)
     axes.grid(axis="y", visible=False)

@@ -160,7 +160,11 @@ def git_revision() -> str | None:
 
 def write_manifest(workspace: Workspace, records: Records) -> Path:
     """``results/<profile>/manifest.json``: what the results there were made from, on what, and how long it took."""
-    done = {s.notebook: r for s in existing_stages(records.notebooks) if (r := records.read(s)) is not None}
+    done = {s: r for s in existing_stages(records.notebooks) if (r := records.read(s)) is not None}
+    notebooks = {
+        stage.notebook: {key: r[key] for key in ("started", "seconds", "device")} | {"peak": records.peak(stage)}
+        for stage, r in done.items()
+    }
     return workspace.write_json(
         "manifest.json",
         {
@@ -169,7 +173,7 @@ def write_manifest(workspace: Workspace, records: Records) -> Path:
             "seed": workspace.profile.seed,
             "versions": versions(),
             "device": device_name(workspace.profile.model.device),
-            "notebooks": {name: {k: r[k] for k in ("started", "seconds", "device")} for name, r in done.items()},
+            "notebooks": notebooks,
             "inputs": input_hashes(workspace),
         },
     )

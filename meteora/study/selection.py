@@ -24,6 +24,7 @@ from meteora import MeteoraModel, train_adapters
 from meteora.adapters import adapter_directory
 from meteora.study.artifacts import device_name, versions, write_json, write_text
 from meteora.study.baselines import build_methods
+from meteora.study.collection import HISTORY
 from meteora.study.evaluation import answer_budget, evaluate_independent
 from meteora.study.profiles import Profile, load_profile
 
@@ -49,7 +50,7 @@ def select_and_train(
     Args:
         profile: its model, tasks and settings for adapters.
         data: prepared examples of all its tasks (`data_prep.prepare_tasks`).
-        output: gets adapters/ (the tasks' and `lora_b`) and metrics/ (task_selection.csv, .json, adapter_training.csv).
+        output: gets adapters/ (the tasks', `lora_b`, and their curves in adapter_training.csv) and metrics/ (task_selection.*).
         longest: most mean tokens of prompt and response that a candidate may have.
     """
     base, tokenizer = load_base_model(profile.model.source, dtype=profile.model.dtype, device=device)
@@ -76,7 +77,7 @@ def select_and_train(
         tokenizer=tokenizer, output_dir=output / "lora_b_run",
         validation={"lora_b": [row for task in chosen for row in valid[task]]},
     )  # fmt: skip
-    write_text(output / "metrics" / "adapter_training.csv", pandas.DataFrame(history).to_csv(index=False))
+    write_text(output / "adapters" / HISTORY, pandas.DataFrame(history).to_csv(index=False))
     for task in chosen:
         _ship(adapter_directory(folder, task), adapter_directory(output / "adapters", task), [task])
     _ship(output / "lora_b_run" / "lora_b", output / "adapters" / "lora_b", chosen)
