@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import DataError
 from .prepare import load_split
@@ -18,6 +19,13 @@ ZERO_SHOT_INSTRUCTION = (
     "Generate answers to the questions below, one numbered line for each answer, "
     "starting with 1. for the first question:\n\n"
 )
+
+
+class Piece(NamedTuple):
+    """A part of a composite prompt, and the number (from 0) of the sub-task it belongs to."""
+
+    text: str
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def build_composites(
     """
     if not tasks or items < 1 or shots < 0:
         raise DataError(f"A composite needs tasks, items >= 1 and shots >= 0, not {list(tasks)}, {items}, {shots}.")
-    prefix = _few_shot_prefix([_shots(data_dir, task, shots, seed) for task in tasks], shots)
+    prefix = joined(few_shot_pieces(list(zip(*(_shots(data_dir, task, shots, seed) for task in tasks), strict=True))))
     columns = []
     for position, task in enumerate(tasks):
         examples = load_split(data_dir, task, "test")
@@ -67,10 +75,9 @@ def build_composites(
             )
         stable_rng(seed, "composite", position, task).shuffle(examples)
         columns.append(examples[:items])
-    opening = "" if shots else ZERO_SHOT_INSTRUCTION
     built = []
     for index, examples in enumerate(zip(*columns, strict=True)):
-        body = opening + "".join(f"{example['prompt']}\n\n" for example in examples)[:-1]
+        body = joined(question_pieces(examples, introduced=shots > 0))
         built.append(CompositeItem(f"composite_{len(tasks)}/{index}", list(tasks), prefix, body, list(examples)))
     return built
 
@@ -108,13 +115,29 @@ def _shots(data_dir: str | Path, task: str, shots: int, seed: int) -> list[Examp
     return stable_rng(seed, "shots", task).sample(fitting, shots)
 
 
-def _few_shot_prefix(columns: list[list[Example]], shots: int) -> str:
-    if shots == 0:
-        return ""
-    text = ""
-    for shot in range(shots):
-        examples = [column[shot] for column in columns]
-        questions = "\n".join(example["prompt"] for example in examples)
-        answers = "\n".join(f"{number}. {example['response']}" for number, example in enumerate(examples, 1))
-        text += f"\nExample {shot + 1}:\n\n{questions}\n{answers}\n\n"
-    return text + "\nFollowing the example above, generate answers to the questions below:\n\n"
+def few_shot_pieces(shots: Sequence[Sequence[Example]]) -> list[Piece]:
+    """The few-shot text: solved examples, one for each sub-task in each of `shots`; nothing without shots."""
+    pieces: list[Piece] = []
+    for number, examples in enumerate(shots, 1):
+        for slot, example in enumerate(examples):
+            pieces.append(Piece("\n" if slot else f"\nExample {number}:\n\n", slot))
+            pieces.append(Piece(example["prompt"], slot))
+        for slot, example in enumerate(examples):
+            pieces.append(Piece(f"\n{slot + 1}. {example['response']}", slot))
+        pieces.append(Piece("\n\n", len(examples) - 1))
+    if shots:
+        pieces.append(Piece("\nFollowing the example above, generate answers to the questions below:\n\n", 0))
+    return pieces
+
+
+def question_pieces(examples: Sequence[Example], *, introduced: bool) -> list[Piece]:
+    """The questions to be answered; without a few-shot text that introduces them, an instruction does."""
+    pieces = [Piece("" if introduced else ZERO_SHOT_INSTRUCTION, 0)]
+    for slot, example in enumerate(examples):
+        pieces.append(Piece(f"{example['prompt']}\n" + ("\n" if slot + 1 < len(examples) else ""), slot))
+    return pieces
+
+
+def joined(pieces: Sequence[Piece]) -> str:
+    """The text that was cut into `pieces`."""
+    return "".join(piece.text for piece in pieces)

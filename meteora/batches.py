@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,15 +53,22 @@ class Batch:
 def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_length: int) -> list[Sample]:
     """Encode rows {prompt, response, task}, or {turns: [such rows]} for several tasks in one context.
 
+    A text of another layout comes in pieces, {segments: [{text, task, is_response}], ended}: it is encoded as a whole,
+    every token has the task of the piece it ends in, and ``ended`` says whether the end of the text belongs to it. A
+    row's ``task`` is that of the segments that name none.
+
     A row that is too long loses the beginning of its prompt (of its first turns), so that the response stays.
 
     Raises:
-        ValueError: for a row without one of the three keys, or whose task is not in ``task_ids``.
+        ValueError: for a row that lacks a key, or whose task is not in ``task_ids``.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
     samples = []
     for n, row in enumerate(rows):
+        if "segments" in row:
+            samples.append(_encode_segments(row, n, task_ids, tokenizer, max_length))
+            continue
         turns = row.get("turns", [row])
         if not turns:
             raise ValueError(f"row {n} of the dataset has no turns; give at least one.")
@@ -86,10 +95,28 @@ def prompt_ids(tokenizer, prompt: str, *, first: bool) -> list[int]:
     return tokenizer(prompt)["input_ids"] if first else tokenizer("\n" + prompt, add_special_tokens=False)["input_ids"]
 
 
-def _task_of(turn: Mapping, row: int, task_ids: Mapping[str, int]) -> int:
-    missing = {"prompt", "response", "task"} - set(turn)
+def _encode_segments(row: Mapping, n: int, task_ids: Mapping[str, int], tokenizer, max_length: int) -> Sample:
+    task = {"task": row["task"]} if "task" in row else {}
+    segments = [{"is_response": False, **task, **segment} for segment in row["segments"]]
+    tasks = [_task_of(segment, n, task_ids, needed=("text", "task")) for segment in segments]
+    ends = list(accumulate(len(segment["text"]) for segment in segments))
+    found = tokenizer("".join(segment["text"] for segment in segments), return_offsets_mapping=True)
+    ids = list(found["input_ids"])
+    # A token that reaches over a border belongs to the piece that its last character is of.
+    owners = [bisect_right(ends, max(0, end - 1)) for _, end in found["offset_mapping"]]
+    if row.get("ended", True):
+        ids, owners = [*ids, tokenizer.eos_token_id], [*owners, len(segments) - 1]
+    is_response = [segments[owner]["is_response"] for owner in owners]
+    token_tasks = [tasks[owner] for owner in owners]
+    return Sample(ids[-max_length:], is_response[-max_length:], token_tasks[-max_length:])
+
+
+def _task_of(
+    turn: Mapping, row: int, task_ids: Mapping[str, int], needed: Sequence[str] = ("prompt", "response", "task")
+) -> int:
+    missing, names = set(needed) - set(turn), ", ".join(needed)
     if missing:
-        raise ValueError(f"row {row} of the dataset has no {sorted(missing)[0]!r}; each needs prompt, response, task.")
+        raise ValueError(f"row {row} of the dataset has no {sorted(missing)[0]!r}; each needs {names}.")
     if turn["task"] not in task_ids:
         known = ", ".join(map(repr, task_ids))
         raise ValueError(

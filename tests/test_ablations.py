@@ -19,6 +19,7 @@ from meteora.study import ablations as core
 from meteora.study import figures_ablations as figures
 from meteora.study.ablation_studies import STUDIES
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
+from meteora.study.ablations_formats import training_data
 from meteora.study.ablations_gates import nested_tasks
 from meteora.study.ablations_routing import deciding_alone
 from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
@@ -200,6 +201,34 @@ def test_foreign_prompts_are_prepared_and_met(tmp_path):
     assert empty == [name for name in STUDIES if name not in ("reference", "unknown")], "what is not set is left out"
 
 
+def test_training_on_composites_is_compared_on_the_same_items(whole, workspace):
+    rows = of(whole, study="formats")
+    assert list(rows["variant"].unique()) == ["own questions", "own questions and composites"]
+    settings = ["composite", "protocol", "shots", "method", "metric", "n"]
+    own, both = (of(rows, variant=name).query("task == 'ALL' and composite == composite") for name in rows["variant"].unique())
+    assert own[settings].values.tolist() == both[settings].values.tolist() != []
+    assert set(own["protocol"]) == set(workspace.profile.composite.protocols)
+    assert set(of(own, protocol="sequential")["method"]) == {"base", "peft", "meteora_top2", "lora_b"}
+    base = [of(part, method="base")["value"].tolist() for part in (own, both)]
+    assert base[0] == base[1], "what is not trained answers alike"
+    folder = workspace.artifacts / "ablations" / "formats"
+    tasks = {task for chosen in workspace.profile.composite.sizes.values() for task in chosen}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {*tasks, "lora_b"}
+    taken = workspace.adapters / "toy_echo" / "adapter_model.safetensors"
+    assert (folder / "toy_echo" / taken.name).read_bytes() != taken.read_bytes()
+
+
+def test_lora_b_sees_composites_too(ablations):
+    examples = ablations.examples("train")
+    rows, for_gates = training_data(examples, ablations.settings.formats, 5, seed=0)
+    own = {task: len(of_task) for task, of_task in examples.items()}
+    answers = sum(len(of_task) - own[task] for task, of_task in rows.items())
+    texts = for_gates[sum(own.values()) + 5 :]
+    assert len(texts) == ablations.settings.formats.texts and all("segments" in row for row in texts)
+    assert 2 * len(texts) <= answers <= 3 * len(texts), "an answer for every task of a text"
+    assert all(rows[task][: own[task]] == of_task for task, of_task in examples.items())
+
+
 # One more task --------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +402,9 @@ def test_figures_show_what_the_rows_say(whole):
     assert [axes.get_title() for axes in figures.shots_curves(whole).axes] == [
         "composite-2, numbered", "composite-2, guided",
     ]  # fmt: skip
+    panel = figures.formats_curves(whole).axes[0]
+    assert panel.get_title() == "numbered" and panel.get_ylim() == (0, 1)
+    assert "Base model, own questions and composites" in [line.get_label() for line in panel.get_lines()]
     figure = figures.speed_curves(whole)
     assert figure.axes[0].get_ylabel() == "prefill (s)"
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}

@@ -33,6 +33,7 @@ def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(co
     [
         ([], "the dataset is empty"),
         ([{"task": "one", "prompt": "a"}], "row 0 of the dataset has no 'response'"),
+        ([{"segments": [{"task": "one"}]}], "row 0 of the dataset has no 'text'; each needs text, task"),
         ([{"task": "one", "prompt": "a", "response": ""}, {"task": "3", "prompt": "", "response": ""}], "row 1 .*'3'"),
     ],
 )

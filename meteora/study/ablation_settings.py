@@ -37,6 +37,31 @@ class SpeedStudy:
 
 
 @dataclass(frozen=True)
+class FormatStudy:
+    """Composite texts that adapters, LoRA-B and gates are trained on besides single questions.
+
+    Attributes:
+        texts: of training examples; each has an answer for every task in it.
+        valid_texts: likewise of validation examples, for the choice of the kept step.
+        sizes, shots: tasks, and solved examples of each, in a text; drawn for every one.
+        characters: longest prompt.
+        training: options that replace those of the profile's ``adapters.training``; the gates see as long samples.
+    """
+
+    texts: int
+    valid_texts: int = 20
+    sizes: tuple[int, ...] = (2, 3, 4, 5)
+    shots: tuple[int, ...] = (0, 2)
+    characters: int = 8000
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least(1, texts=self.texts, valid_texts=self.valid_texts, characters=self.characters)
+        at_least(2, sizes=min(self.sizes, default=0))
+        at_least(0, shots=min(self.shots, default=-1))
+
+
+@dataclass(frozen=True)
 class AblationSettings:
     """What notebook 06 varies; a study whose setting is empty or absent is left out.
 
@@ -52,6 +77,7 @@ class AblationSettings:
         foreign: tasks that are none of the profile's, met by the whole model.
         shots: solved examples in composite prompts of the smallest size; ``composite_items`` of them.
         composite_methods: answer the composites of notebook 04 as well.
+        formats: training on composite texts.
         seeds: adapters and gates are trained with each, and measured on the test split as in Table 1.
         speed: the whole model's time and memory.
     """
@@ -69,6 +95,7 @@ class AblationSettings:
     shots: tuple[int, ...] = ()
     composite_items: int = 20
     composite_methods: tuple[str, ...] = ()
+    formats: FormatStudy | None = None
     seeds: tuple[int, ...] = ()
     speed: SpeedStudy | None = None
 

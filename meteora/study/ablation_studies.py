@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from meteora.study import (
     ablations_composites,
+    ablations_formats,
     ablations_gates,
     ablations_routing,
     ablations_speed,
@@ -19,5 +20,6 @@ STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     **ablations_gates.STUDIES,
     **ablations_tasks.STUDIES,
     **ablations_composites.STUDIES,
+    **ablations_formats.STUDIES,
     **ablations_speed.STUDIES,
 }

@@ -26,13 +26,13 @@ def shots_study(ablations: Ablations) -> Iterator[Variant]:
             for protocol in protocols:
                 found = predict_composite(
                     {name: ablations.study.methods[name] for name in names}, items, protocol,
-                    tokenizer=ablations.study.tokenizer, limits=_limits(ablations), batch_size=composite.batch_size,
+                    tokenizer=ablations.study.tokenizer, limits=composite_limits(ablations), batch_size=composite.batch_size,
                     predictions_dir=ablations.workspace.predictions / "ablations" / f"{shots}-shot",
                 )  # fmt: skip
-                rows += _totals(composite_rows(items, protocol, found, shots=shots))
+                rows += totals(composite_rows(items, protocol, found, shots=shots))
             return rows
 
-        yield Variant(f"{shots}-shot", {"composite": _settings(ablations), "items": count}, produce)
+        yield Variant(f"{shots}-shot", {"composite": composite_settings(ablations), "items": count}, produce)
 
 
 def composites_study(ablations: Ablations) -> Iterator[Variant]:
@@ -51,27 +51,29 @@ def composites_study(ablations: Ablations) -> Iterator[Variant]:
                     if not can_run(study.methods[name], protocol):
                         continue
                     found: CompositePredictions = predict_composite(
-                        study.methods, items, protocol, tokenizer=study.tokenizer, limits=_limits(ablations),
+                        study.methods, items, protocol, tokenizer=study.tokenizer, limits=composite_limits(ablations),
                         predictions_dir=ablations.workspace.predictions, batch_size=composite.batch_size,
                         tokens_per_batch=ablations.profile.evaluation.tokens_per_batch,
                     )  # fmt: skip
-                    rows += _totals(composite_rows(items, protocol, found, shots=composite.shots))
+                    rows += totals(composite_rows(items, protocol, found, shots=composite.shots))
             return rows
 
-        yield Variant(name, {"composite": _settings(ablations), "xlora": ablations.profile.xlora}, produce)
+        yield Variant(name, {"composite": composite_settings(ablations), "xlora": ablations.profile.xlora}, produce)
 
 
-def _settings(ablations: Ablations) -> list:
+def composite_settings(ablations: Ablations) -> list:
+    """What decides the composites of notebook 04, for a variant's settings."""
     composite = ablations.profile.composite
     sizes = [[size, list(tasks)] for size, tasks in composite.sizes.items()]
     return [sizes, composite.items, composite.shots, composite.protocols, composite.max_new_tokens_per_answer]
 
 
-def _limits(ablations: Ablations) -> dict[str, int]:
+def composite_limits(ablations: Ablations) -> dict[str, int]:
+    """Task -> most new tokens of its answer in a composite."""
     return ablations.study.answer_limits(cap=ablations.profile.composite.max_new_tokens_per_answer)
 
 
-def _totals(rows: Sequence[Row]) -> list[Row]:
+def totals(rows: Sequence[Row]) -> list[Row]:
     """Of the rows of `composite.csv`, those over all sub-tasks, in the columns of `ablations.csv`."""
     return [
         {("task" if key == "subtask" else key): value for key, value in row.items()} | {"split": "test"}

@@ -347,6 +347,11 @@ class Profile:
         for name, values in (("adapters", settings.adapters), ("top_k", settings.top_k)):
             if max(values, default=0) > len(self.tasks):
                 raise ValueError(f"ablations.{name} must be at most {len(self.tasks)}, the number of tasks")
+        if settings.formats is not None:
+            dataclasses.replace(self.adapters, training={**self.adapters.training, **settings.formats.training})
+            in_composites = {task for tasks in self.composite.sizes.values() for task in tasks}
+            if max(settings.formats.sizes) > len(in_composites):
+                raise ValueError(f"ablations.formats.sizes must be at most {len(in_composites)}, the composites' tasks")
         if set(settings.foreign) & set(self.tasks):
             raise ValueError("ablations.foreign must name tasks that are none of the profile's")
 
