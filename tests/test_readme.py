@@ -12,7 +12,7 @@ import pytest
 import meteora
 from data_prep.base_models import load_base_model
 from meteora.study.profiles import REPOSITORY
-from meteora.study.readme import NO_RESULTS, README, fill, results_block
+from meteora.study.readme import NO_RESULTS, README, claims_block, fill, results_block
 from meteora.study.tables import interval_text
 
 TEXT = README.read_text(encoding="utf-8")
@@ -60,6 +60,25 @@ def test_results_block(tmp_path) -> None:
     for setting in ("numbered | 3 | 0 | 1", "sequential | 3 | 0 | 1", "sequential | 3 | 0 | 15"):
         assert f"| {setting} | {correct} |" in block
     assert interval_text(2.0, 1.5, 2.5, "correct") not in block  # attempted is another measure
+
+
+def test_claims_come_from_the_largest_run_that_measured_them(tmp_path) -> None:
+    assert claims_block(tmp_path) == NO_RESULTS
+    columns = ["task", "method", "metric", "value", "low", "high", "n"]
+    for name, value in (("laptop", 0.75), ("smollm2", 0.5)):
+        (tmp_path / name / "metrics").mkdir(parents=True)
+        rows = [("winowhy", m, "accuracy", value, 0.1, 0.9, 40) for m in ("peft", "meteora_top2")]
+        pd.DataFrame(rows, columns=columns).to_csv(tmp_path / name / "metrics" / "independent.csv", index=False)
+    rows = [
+        (3, "sequential", 0, temperature, "ALL", method, "correct", value, 0, 3, 16)
+        for temperature, method, value in ((1.0, "lora_b", 2.0), (15.0, "lora_b", 2.0), (1.0, "meteora_top2", 1.0), (15.0, "meteora_top2", 2.5))
+    ]  # fmt: skip
+    columns = [*"composite protocol shots temperature subtask method".split(), *columns[2:]]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "laptop" / "metrics" / "composite.csv", index=False)
+    peft, correct = claims_block(tmp_path).strip().splitlines()[2:]
+    assert "PEFT 0.500" in peft and "`./run_all.sh --profile smollm2 --only 03`" in peft
+    assert "sequential, T=15: 2.50 against 2.00 (+25%) | 16 | `./run_all.sh --profile laptop --only 04`" in correct
+    assert "T=1:" not in correct
 
 
 def test_every_file_in_the_tree_exists() -> None:

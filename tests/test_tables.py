@@ -205,6 +205,12 @@ def test_claims_with_everything_measured():
     assert table["command"].iloc[0] == "./run_all.sh --profile laptop --only 05"
 
 
+def test_a_strategy_that_is_the_slower_one_is_called_so():
+    benchmark = benchmark_rows({"loop": {1: 50.0, 16: 25.0}, "bmm": {1: 100.0, 16: 150.0}})
+    claims = claims_table({"benchmark": benchmark}, "laptop").set_index("claim")["measured here"]
+    assert claims["bmm-torch against the loop"] == "4.0x slower on average (2.0x to 6.0x)"
+
+
 def test_claims_on_composites_have_a_row_for_each_size():
     both = pd.concat([composite_rows(), composite_rows().assign(composite=5)])
     claims = claims_table({"composite": both}, "laptop")["claim"]

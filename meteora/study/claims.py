@@ -99,17 +99,23 @@ def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
 
 
 def _bmm_against_loop(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
-    return _mean_ratio(metrics, "loop", "bmm", "faster")
+    return _mean_ratio(metrics, "loop", "bmm", ("faster", "slower"))
 
 
 def _bmm_against_bound(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
-    return _mean_ratio(metrics, "bmm", "single_lora", "slower")
+    return _mean_ratio(metrics, "bmm", "single_lora", ("slower", "faster"))
 
 
-def _mean_ratio(metrics: Mapping[str, pd.DataFrame], slower: str, faster: str, word: str) -> Finding | None:
+def _mean_ratio(
+    metrics: Mapping[str, pd.DataFrame], slower: str, faster: str, words: tuple[str, str]
+) -> Finding | None:
+    """The mean ratio in words: the first if ``slower`` is what it is called, else the second."""
     ratios = _time_ratios(metrics, slower, faster)
     if ratios.empty:
         return None
+    word = words[0]
+    if ratios.mean() < 1:
+        ratios, word = 1 / ratios, words[1]
     text = f"{ratios.mean():.1f}x {word} on average ({ratios.min():.1f}x to {ratios.max():.1f}x)"
     return Finding(text, len(ratios))
 

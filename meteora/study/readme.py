@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from meteora.study.artifacts import write_text
+from meteora.study.claims import COLUMNS, claims_table
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
 from meteora.study.tables import in_order, interval_text, label, table1, table1_caption, to_markdown
 
@@ -60,9 +61,33 @@ def _composites(composite: pd.DataFrame) -> str:
     return to_markdown(pd.DataFrame(rows), caption)
 
 
+def claims_block(results: Path = RESULTS) -> str:
+    """The paper's claims, each with what the largest recorded run that measured it says, and the command for it.
+
+    Of composites at the temperatures that the paper has for their size.
+    """
+    found: dict[str, list | None] = {}
+    for name in [name for name in ORDER if name != "smoke"]:  # later ones are larger
+        files = sorted((results / name / "metrics").glob("*.csv"))
+        metrics = {path.stem: pd.read_csv(path) for path in files}
+        if "composite" in metrics:
+            temperature = load_profile(name).composite.temperature
+            composite = metrics["composite"]
+            metrics["composite"] = composite[composite["temperature"] == composite["composite"].map(temperature)]
+        for row in claims_table(metrics, name).itertuples(index=False):
+            if row.paper.startswith("our aim"):
+                continue
+            found.setdefault(row.claim, None)  # a claim keeps its place, whichever run measured it
+            if row.n != "":
+                found[row.claim] = [*row[:-1], f"`{row.command}`"]
+    measured = [row for row in found.values() if row is not None]
+    return to_markdown(pd.DataFrame(measured, columns=COLUMNS)) if measured else NO_RESULTS
+
+
 def fill(text: str, results: Path = RESULTS) -> str:
     """README's text with its marked blocks made anew."""
-    for name, block in (("results", results_block(results)), ("profiles", profiles_block())):
+    blocks = {"results": results_block(results), "profiles": profiles_block(), "claims": claims_block(results)}
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md must have the lines {begin!r} and {end!r} once each.")
