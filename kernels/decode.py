@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from meteora.kernels.expand import expand_ref
-from meteora.kernels.launch import block, overlap_options, overlaps
+from meteora.kernels.launch import block, cdiv, overlap_options
 from meteora.kernels.packing import gate_parts
 from meteora.kernels.route import largest, route_ref, sort_keys
 
@@ -86,10 +86,10 @@ def decode(
     splits, T, C = products.shape
     OUT, R = B.shape
     BO = 16
-    _decode[(triton.cdiv(OUT, BO), T)](
+    _decode[(cdiv(OUT, BO), T)](
         y, products, B, column_adapter, T, OUT, R, num_adapters, C, splits, y.stride(0), B.stride(0), 1 / temperature,
         TOP_K=top_k, PARTS=gate_parts(B.dtype), ABSOLUTE=absolute, BO=BO, BR=block(R, MOST_COLUMNS),
-        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), OVERLAP=overlaps(y), num_warps=1, **overlap_options(y),
+        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), num_warps=1, **overlap_options(y),
     )  # fmt: skip
     return y
 

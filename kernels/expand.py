@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from meteora.kernels.launch import overlap_options, overlaps
+from meteora.kernels.launch import cdiv, overlap_options
 
-MOST_COLUMNS = 512  # R beyond which arithmetic dominates, where cuBLAS does best
+FEW_TOKENS = 64  # beyond them cuBLAS is faster, but it can only add into y itself
 FEW_TILES = 264  # two for each multiprocessor of an H100
 
 
@@ -65,18 +65,18 @@ def expand(y: Tensor, s: Tensor, B: Tensor, out: Tensor) -> Tensor:
     """Write y (T, out) + s (T, >= R) @ B (out, R)^T to ``out`` (T, out), which may be y. Last dimensions are dense."""
     T, OUT = y.shape
     R = B.shape[1]
-    if out is y and R > MOST_COLUMNS and y.is_cuda:
+    if out is y and y.is_cuda and T > FEW_TOKENS:
         return y.addmm_(s[:, :R], B.t())
     if T <= 16:
         BT, BO, BR, group, warps, stages, early = 16, 32, 128, 1, 4, 2, True
-    elif triton.cdiv(T, 64) * triton.cdiv(OUT, 128) < FEW_TILES:
-        BT, BO, BR, group, warps, stages, early = 64, 64, 64, 8, 4, 4, False
+    elif cdiv(T, 64) * cdiv(OUT, 128) < FEW_TILES:
+        BT, BO, BR, group, warps, stages, early = 64, 64, 64, 8, 4, 3, False
     else:
         BT, BO, BR, group, warps, stages, early = 64, 128, 32, 8, 4, 4, False
     if B.element_size() == 4:  # float32 tiles take twice the shared memory
         BO, stages = min(BO, 64), 2
-    _expand[(triton.cdiv(T, BT) * triton.cdiv(OUT, BO),)](
+    _expand[(cdiv(T, BT) * cdiv(OUT, BO),)](
         y, out, s, B, T, OUT, R, y.stride(0), out.stride(0), s.stride(0), B.stride(0),
-        BT, BO, BR, group, early, overlaps(y), num_warps=warps, num_stages=stages, **overlap_options(y),
+        BT, BO, BR, group, early, num_warps=warps, num_stages=stages, **overlap_options(y),
     )  # fmt: skip
     return out

@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
+
+
+# Triton has both of these too, as functions that kernels may call, and they take a microsecond each time.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def block(size: int, most: int, least: int = 16) -> int:
     """A power of two of at least ``size``, within ``least`` and ``most``."""
-    return max(least, min(most, triton.next_power_of_2(size)))
+    return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
 @functools.cache
@@ -27,6 +32,10 @@ def overlaps(tensor: Tensor) -> bool:
     return tensor.is_cuda and _hopper(tensor.device.index)
 
 
+_OVERLAP = {"OVERLAP": True, "launch_pdl": True}
+_NO_OVERLAP = {"OVERLAP": False}
+
+
 def overlap_options(tensor: Tensor) -> dict[str, bool]:
-    """Launch options of a kernel that waits for the one before it by itself."""
-    return {"launch_pdl": True} if overlaps(tensor) else {}
+    """The argument OVERLAP, and launch options, of a kernel that waits for the one before it by itself."""
+    return _OVERLAP if overlaps(tensor) else _NO_OVERLAP

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meteora.kernels import decode
+from meteora.kernels import decode, grouped
 from meteora.kernels.expand import expand, expand_ref
 from meteora.kernels.packing import padded
 from meteora.kernels.route import mask, mask_ref, route, route_backward
@@ -52,10 +52,15 @@ def _gated_mix_inplace(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
     temperature: float, absolute: bool,
 ) -> None:  # fmt: skip
-    if not len(x) or not len(column_adapter):
+    if not x.shape[0] or not column_adapter.shape[0]:
         return
-    products = shrink(_dense_rows(x), packed)
-    if decode.fits(*y.shape, len(column_adapter)):
+    x = _dense_rows(x)
+    found = grouped.fits(x.shape[0], column_adapter, top_k)
+    if found is not None:
+        grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
+        return
+    products = shrink(x, packed)
+    if decode.fits(*y.shape, column_adapter.shape[0]):
         decode.decode(y, products, B, column_adapter, num_adapters, top_k, temperature, absolute=absolute)
     else:
         options = {"absolute": absolute, "dtype": B.dtype}
@@ -66,9 +71,14 @@ def _gated_mix_inplace(
 def _mix_inplace(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
 ) -> None:
-    if len(x) and len(column_adapter):
-        products = shrink(_dense_rows(x), A)
-        expand(y, mask(products, column_adapter, indices, weights, dtype=B.dtype)[0], B, y)
+    if not x.shape[0] or not column_adapter.shape[0]:
+        return
+    x = _dense_rows(x)
+    found = grouped.fits(x.shape[0], column_adapter, indices.shape[1])
+    if found is not None:
+        grouped.given(y, x, A, B, found, indices, weights)
+        return
+    expand(y, mask(shrink(x, A), column_adapter, indices, weights, dtype=B.dtype)[0], B, y)
 
 
 gated_mix_op_ = torch.library.custom_op("meteora::gated_mix_", _gated_mix_inplace, mutates_args=("y",))

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, overlap_options, overlaps
+from meteora.kernels.launch import block, cdiv, overlap_options
 from meteora.kernels.packing import gate_parts, padded
 
 
@@ -115,14 +115,14 @@ def _route(
 
 def _launch_route(products, column_adapter, s, raw, indices, weights, num_adapters, top_k, parts, temperature, **flags):
     splits, T, C = products.shape
-    R, columns = len(column_adapter), s.shape[1]
+    R, columns = column_adapter.shape[0], s.shape[1]
     BT, warps = (1, 1) if T <= 16 else (1, 2) if T <= 64 else (4, 4)
     BR = block(columns, 256)
-    grid = (triton.cdiv(T, BT), triton.cdiv(columns, BR))
+    grid = (cdiv(T, BT), cdiv(columns, BR))
     _route[grid](
         products, column_adapter, s, raw, indices, weights, T, R, num_adapters, C, columns, 1 / temperature,
         SPLITS=splits, TOP_K=top_k, PARTS=parts, BT=BT, BR=BR, BN=block(num_adapters, 1024), BK=block(top_k, 1024, 1),
-        OVERLAP=overlaps(s), num_warps=warps, **flags, **overlap_options(s),
+        num_warps=warps, **flags, **overlap_options(s),
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def route(
         The last three are empty unless ``keep``.
     """
     splits, T, C = products.shape
-    R = len(column_adapter)
+    R = column_adapter.shape[0]
     empty = products.new_empty
     s = empty((T, padded(R)), dtype=dtype)
     kept = T if keep else 0
@@ -268,7 +268,7 @@ def route_backward(
     dweights = weights.new_empty(0 if gated else T, weights.shape[1])
     if T:
         BT = 4
-        _route_backward[(triton.cdiv(T, BT),)](
+        _route_backward[(cdiv(T, BT),)](
             ds, raw, column_adapter, indices.contiguous(), weights.contiguous(), out, dweights, T, R,
             num_adapters or 1, ds.stride(0), raw.stride(0), out.stride(0), 1 / temperature,
             TOP_K=indices.shape[1], GATED=gated, BT=BT, BR=block(R, 256), BN=block(width - R, 1024),

@@ -2,7 +2,7 @@
 
 For few tokens the time goes into reading the weights, so the columns *and* the inner dimension are cut into pieces that
 fill the GPU; the pieces' partial sums are added by the kernel that follows (:mod:`meteora.kernels.route`), in a fixed
-order. For many tokens it is an ordinary matrix product, which cuBLAS does best.
+order. For many tokens it is an ordinary matrix product, which cuBLAS does best, unless it is as narrow as a gate alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from meteora.kernels.launch import overlaps
+from meteora.kernels.launch import cdiv, overlaps
 
-FEW_TOKENS = 64  # up to here the weights are what is read, and pointers load small tiles of them best
-SOME_WORK = 2**22  # tokens * in, up to which our kernel is faster than cuBLAS (H100)
+FEW_TOKENS = 64  # up to here the weights are what is read
+NARROW = 64  # columns, up to which x alone is what is read
 PROGRAMS = 320  # that are to share the work of few tokens
+NARROW_PROGRAMS = 256  # and at most of a narrow product, so that it is done in one round
 
 
 def shrink_ref(x: Tensor, W: Tensor) -> Tensor:
@@ -55,31 +55,6 @@ def _shrink(
     tl.store(out, total, mask=(token < T)[:, None] & (column < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["T"])
-def _shrink_tiles(
-    x, w, out_ptr, T, K, C, piece, BT: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr
-):
-    # x and w are tensor descriptors: the copy engine brings whole tiles, and zeros beyond the end.
-    row, first_column = tl.program_id(1) * BT, tl.program_id(0) * BC
-    split = tl.program_id(2)
-    first = split * piece
-    total = tl.zeros((BT, BC), tl.float32)
-    for start in range(first, tl.minimum(first + piece, K), BK):
-        total = tl.dot(x.load([row, start]), w.load([first_column, start]).T, total, input_precision="ieee")
-    if OVERLAP:
-        gdc_launch_dependents()
-    token = row + tl.arange(0, BT)
-    column = first_column + tl.arange(0, BC)
-    out = out_ptr + (split.to(tl.int64) * T + token)[:, None] * C + column[None, :]
-    tl.store(out, total, mask=(token < T)[:, None] & (column < C)[None, :])
-
-
-def _describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor may point at this matrix: 16-byte steps, from a 16-byte boundary."""
-    step = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(1) == 1 and step % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-
 def _product(x: Tensor, W: Tensor) -> Tensor:
     if x.dtype == torch.float32 or not x.is_cuda:
         return torch.mm(x.float(), W.t().float()).unsqueeze(0)
@@ -93,30 +68,24 @@ def shrink(x: Tensor, W: Tensor) -> Tensor:
     """
     T, K = x.shape
     C = W.shape[0]
-    few = T <= FEW_TOKENS
-    if not few and (T * K > SOME_WORK or x.element_size() > 2 or not _describable(x) or not _describable(W)):
+    narrow = C <= NARROW and x.element_size() == 2
+    if T > FEW_TOKENS and not narrow:
         return _product(x, W)
     if T <= 16:
-        BT, BC, BK, warps, least = 16, 16, 128, 2, 256
-    elif few:
-        BT, BC, BK, warps, least = 16, 32, 128, 4, 512
+        BT, BC, BK, warps, stages, least = 16, 16, 128, 2, 4, 256
+    elif T <= FEW_TOKENS:
+        BT, BC, BK, warps, stages, least = 16, 32, 128, 4, 4, 512
     else:
-        BT, BC, BK, warps, least = 64, 64, 64, 4, 256
-    tiles = triton.cdiv(T, BT) * triton.cdiv(C, BC)
+        BT, BC, BK, warps, stages, least = 64, 64, 128, 4, 3, 512
+    tiles = cdiv(T, BT) * cdiv(C, BC)
     # Each split reads ``least`` inner columns or more, so that its sums are worth their writing and reading.
-    splits = max(1, min(16, triton.cdiv(PROGRAMS, tiles), K // least))
-    piece = triton.cdiv(triton.cdiv(K, splits), BK) * BK
-    splits = triton.cdiv(K, piece)
+    wanted = cdiv(PROGRAMS, tiles) if T <= FEW_TOKENS else NARROW_PROGRAMS // tiles
+    splits = max(1, min(16, wanted, K // least))
+    piece = cdiv(cdiv(K, splits), BK) * BK
+    splits = cdiv(K, piece)
     out = torch.empty(splits, T, C, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(C, BC), triton.cdiv(T, BT), splits)
-    if few:
-        _shrink[grid](
-            x, W, out, T, K, C, x.stride(0), W.stride(0), piece,
-            BT, BC, BK, K % BK == 0, overlaps(x), num_warps=warps, num_stages=4,
-        )  # fmt: skip
-    else:
-        tiles_of_x, tiles_of_W = TensorDescriptor.from_tensor(x, [BT, BK]), TensorDescriptor.from_tensor(W, [BC, BK])
-        _shrink_tiles[grid](
-            tiles_of_x, tiles_of_W, out, T, K, C, piece, BT, BC, BK, overlaps(x), num_warps=warps, num_stages=4
-        )
+    _shrink[(cdiv(C, BC), cdiv(T, BT), splits)](
+        x, W, out, T, K, C, x.stride(0), W.stride(0), piece,
+        BT, BC, BK, K % BK == 0, overlaps(x), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return out

@@ -191,7 +191,8 @@ class MeteoraLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._packed
         if self._packed is None or self._packed_from != self._state_of(weights, A.dtype):
-            with torch.no_grad():
+            # An ordinary tensor even if this call is inference alone: what lora_A becomes may be trained through later.
+            with torch.inference_mode(False), torch.no_grad():
                 self._packed = pack(A, self.gate.weight)
                 if A.dtype == self.lora_A.dtype:
                     self.lora_A.data = self._packed[: len(A)]

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from meteora.backends import triton as backend
 from meteora.gating import Routing
-from meteora.kernels import decode, expand, ops, route, shrink
+from meteora.kernels import choose, decode, expand, grouped, ops, route, shrink, sort, tiles
 from meteora.kernels.packing import gate_parts, pack, padded
+from meteora.kernels.segments import segments
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -133,7 +134,9 @@ def test_any_shape(tokens, features, out, ranks, data, temperature, shuffle, abs
     close(result, expected)
 
 
-@pytest.mark.parametrize("tokens, features, columns", [(1, 33, 20), (16, 512, 48), (17, 700, 40), (130, 96, 70)])
+@pytest.mark.parametrize(
+    "tokens, features, columns", [(1, 33, 20), (16, 512, 48), (17, 700, 40), (130, 96, 70), (90, 1100, 50)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shrink(tokens, features, columns, dtype):
     x = torch.randn(tokens, features, device=DEVICE).to(dtype)
@@ -316,3 +319,226 @@ def test_offsets_beyond_32_bits():
     x, y = x.repeat(tokens // 8 + 1, 1)[:tokens], torch.zeros(tokens, out, device=DEVICE, dtype=torch.bfloat16)
     ops.gated_mix_(y, x, pack(A, gate), B, owner, 2, 2)
     assert torch.equal(y[-3:], y[(tokens - 3) % 8 :][:3]) and y[-3:].any()  # the rows of x repeat
+
+
+# Many columns: tokens sorted by adapter ------------------------------------------------------------------------------
+
+GROUPED = [
+    # tokens, features, out, ranks, k
+    (1, 16, 16, [16], 1),
+    (70, 33, 65, [5, 1, 0, 40, 3], 3),  # nothing is a multiple of anything
+    (150, 72, 136, [8, 0, 16, 8, 0], 2),  # aligned segments; the last adapter is unknown to them
+    (130, 1100, 40, [64, 64], 1),  # the inner dimension in pieces
+    (20, 40, 24, [1] * 70, 2),  # so many adapters that a block has fewer tokens
+    (20, 24, 20, [150, 3], 2),  # a rank of several tiles
+]
+
+
+def tiles_of(indices, found, height):
+    return sort.sort(indices, choose.count(indices, found.count), found.starts, height)
+
+
+def on_cpu(sorted_tiles):
+    return sort.Tiles(*(part.cpu() for part in sorted_tiles[:3]), sorted_tiles.height)
+
+
+@given(
+    st.integers(1, 150), st.lists(st.integers(0, 3), min_size=1, max_size=70).filter(any), st.data(),
+    st.sampled_from([16, 64]), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_every_token_is_sorted_into_its_adapters_tiles(tokens, ranks, data, height, seed):
+    k = data.draw(st.integers(1, min(3, len(ranks))))
+    owner = torch.cat([torch.full((rank,), n) for n, rank in enumerate(ranks)]).to(DEVICE)
+    found = segments(owner)
+    indices = routing_of(tokens, len(ranks), k, seed)[0].contiguous()
+    counts = choose.count(indices, found.count)
+    assert torch.equal(counts.cpu(), choose.count_ref(indices, found.count).cpu())
+    result, expected = on_cpu(tiles_of(indices, found, height)), sort.sort_ref(indices, found.starts, height)
+    assert result.rows.shape == (k, sort.most_tiles(tokens, found.count, height))
+    assert torch.equal(result.rows, expected.rows)
+    filled, there = expected.rows > 0, expected.tokens >= 0
+    assert torch.equal(result.adapter[filled], expected.adapter[filled])
+    assert torch.equal(result.tokens[there], expected.tokens[there])
+    # What the reference has to have done, in other words.
+    for j in range(k):
+        wanted = [t for n, rank in enumerate(ranks) if rank for t in (indices[:, j].cpu() == n).nonzero().flatten()]
+        assert expected.tokens[j][there[j]].tolist() == wanted
+
+
+def test_tiles_at_their_bound():
+    """Every adapter has one token more than full tiles, so that no surplus is left but what the bound allows."""
+    height, adapters = 16, 5
+    found = segments(torch.arange(adapters, device=DEVICE))
+    indices = torch.arange(adapters, device=DEVICE).repeat(height + 1).unsqueeze(1)
+    result = on_cpu(tiles_of(indices, found, height))
+    assert sorted(result.rows[0].tolist(), reverse=True)[: 2 * adapters] == [height] * adapters + [1] * adapters
+    assert result.rows.sum() == len(indices)
+
+
+@pytest.mark.parametrize("parts, splits, absolute", [(1, 1, False), (2, 3, True)])
+def test_choose(parts, splits, absolute):
+    products = torch.randn(splits, 100, padded(parts * 9), device=DEVICE)
+    indices, weights, counts = choose.choose(products, parts, 9, 7, 3, 0.5, absolute=absolute)
+    expected = choose.choose_ref(products, parts, 9, 3, 0.5, absolute=absolute)
+    assert torch.equal(indices.long(), expected[0])
+    close(weights, expected[1])
+    assert torch.equal(counts, choose.count_ref(indices, 7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GROUPED)
+def test_tiles_are_the_reference(tokens, features, out, ranks, k, dtype):
+    y, x, A, B, _, owner = problem(tokens, features, out, ranks, dtype)
+    indices, weights = (tensor.contiguous() for tensor in routing_of(tokens, len(ranks), k))
+    found = segments(owner)
+    sorted_tiles = tiles_of(indices, found, 16)
+    s = tiles.shrink_tiles(x, A, weights, sorted_tiles, found)
+    operands = (on_cpu(sorted_tiles), found.starts.cpu())
+    expected = tiles.shrink_tiles_ref(x.cpu(), A.cpu(), weights.cpu(), *operands, s.shape[1])
+    defined = expected != 0
+    close(torch.where(defined, s.cpu(), 0), expected, dtype)
+    wanted = tiles.expand_tiles_ref(y.cpu(), s.cpu(), B.cpu(), *operands)
+    close(tiles.expand_tiles(y, s, B, sorted_tiles, found), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GROUPED)
+def test_grouped_is_the_reference(tokens, features, out, ranks, k, dtype, monkeypatch):
+    monkeypatch.setattr(grouped, "MOST_TOKENS", 64)  # several rounds
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
+    exact = [tensor.float().clone() for tensor in (y, x, A, B)]
+    packed, found = pack(A, gate), segments(owner)
+    for absolute in (False, True):
+        result = y.clone()
+        grouped.gated(result, x, packed, B, found, len(ranks), k, 1.5, absolute=absolute)
+        close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5, absolute=absolute), dtype)
+    indices, weights = routing_of(tokens, len(ranks), k)
+    grouped.given(y, x, A, B, found, indices, weights)
+    close(y, ops.mix_ref(*exact, owner, indices, weights), dtype)
+
+
+def test_grouped_with_long_runs_of_one_adapter():
+    y, x, A, B, _, owner = problem(150, 24, 40, [3, 4, 5])
+    indices = torch.tensor([2, 0, 2], device=DEVICE).repeat_interleave(50).unsqueeze(1)
+    weights = torch.ones(150, 1, device=DEVICE)
+    expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
+    grouped.given(y, x, A, B, segments(owner), indices, weights)
+    close(y, expected)
+
+
+@pytest.fixture
+def grouped_at_any_size(monkeypatch):
+    """The grouped way wherever it can be gone, and a list of the calls that went it."""
+    calls = []
+    monkeypatch.setattr(grouped, "LEAST_COLUMNS", 0)
+    monkeypatch.setattr(grouped, "LEAST_TOKENS", 0)
+    monkeypatch.setattr(grouped, "LEAST_TOKENS_EACH", 0)
+    for name in ("gated", "given"):
+        inner = getattr(grouped, name)
+        monkeypatch.setattr(
+            grouped, name, lambda *args, inner=inner, **options: (calls.append(inner), inner(*args, **options))
+        )
+    return calls
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_operators_go_the_grouped_way_where_it_fits(shuffle, grouped_at_any_size):
+    y, x, A, B, gate, owner = problem(40, 48, 40, [4] * 12, shuffle=shuffle)
+    packed = pack(A, gate)
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, 2)
+    strided = torch.zeros(40, 100, device=DEVICE)[:, 3:51].copy_(x)
+    close(ops.gated_mix_(y.clone(), strided, packed, B, owner, 12, 2), expected)
+    close(ops.gated_mix_(y.clone(), x.t().contiguous().t(), packed, B, owner, 12, 2), expected)
+    indices, weights = routing_of(40, 12, 2)
+    close(ops.mix_(y.clone(), x, A, B, owner, indices, weights), ops.mix_ref(y, x, A, B, owner, indices, weights))
+    assert len(grouped_at_any_size) == (0 if shuffle else 3), "columns out of order go the other way"
+    close(ops.gated_mix_(y.clone(), x, packed, B, owner, 12, 12), ops.gated_mix_ref(y, x, A, B, gate, owner, 12))
+    assert len(grouped_at_any_size) == (0 if shuffle else 3), "so do tokens that choose many adapters"
+
+
+def test_the_grouped_operators_are_operators(grouped_at_any_size):
+    y, x, A, B, gate, owner = problem(20, 16, 16, [4] * 9)
+    packed = pack(A, gate)
+    indices, weights = routing_of(20, 9, 2)
+    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False))
+    torch.library.opcheck(torch.ops.meteora.mix_, (y, x, A, B, owner, indices, weights))
+    assert grouped_at_any_size
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def inference(y, x):
+        return ops.gated_mix_(y * 2, x, packed, B, owner, 9, 2) + 1
+
+    grouped_at_any_size.clear()
+    close(inference(y, x), ops.gated_mix_ref(y * 2, x, A, B, gate, owner, 2) + 1)
+    assert grouped_at_any_size
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_grouped_what_is_not_finite_stays_in_its_token(value, grouped_at_any_size):
+    y, x, A, B, gate, owner = problem(40, 24, 20, [4] * 9)
+    packed = pack(A, gate)
+    clean = ops.gated_mix_(y.clone(), x, packed, B, owner, 9, 2)
+    x[2] = value
+    result = ops.gated_mix_(y, x, packed, B, owner, 9, 2)
+    others = torch.arange(40, device=DEVICE) != 2
+    assert torch.equal(result[others], clean[others])
+    assert torch.isnan(result[2]).all() and len(grouped_at_any_size) == 2
+
+
+def test_grouped_an_adapter_of_weight_zero_is_not_felt():
+    y, x, A, B, _, owner = problem(6, 16, 20, [4, 4], torch.float16)
+    A[owner == 1] = 6e4  # overflows
+    indices = torch.tensor([[0, 1]], device=DEVICE).expand(6, 2)
+    weights = torch.tensor([[1.0, 0.0]], device=DEVICE).expand(6, 2)
+    expected = ops.mix_ref(y.float(), x.float(), A.float(), B.float(), owner, indices[:, :1], weights[:, :1])
+    grouped.given(y, x, A, B, segments(owner), indices, weights)
+    close(y, expected, torch.float16)
+
+
+def test_grouped_twice_is_the_same():
+    y, x, A, B, gate, owner = problem(90, 1100, 40, [16] * 6)
+    results = []
+    for _ in range(2):
+        result = y.clone()
+        grouped.gated(result, x, pack(A, gate), B, segments(owner), 6, 2)
+        results.append(result)
+    assert torch.equal(*results)
+
+
+def test_segments_are_found_once_and_again_after_a_change():
+    owner = torch.tensor([0, 0, 2, 2, 2], device=DEVICE)
+    found = segments(owner)
+    assert found.starts.tolist() == [0, 2, 2, 5] and found.widest == 3 and found.count == 3 and not found.aligned
+    assert segments(owner) is found
+    owner[0] = 1
+    assert segments(owner) is None
+    assert segments(torch.arange(4, device=DEVICE).repeat_interleave(8)).aligned
+
+
+def test_where_the_grouped_way_fits():
+    many, few = (torch.arange(28, device=DEVICE).repeat_interleave(rank) for rank in (64, 8))
+    assert grouped.fits(4096, many, 2) is segments(many)
+    assert grouped.fits(16, many, 2) is None and grouped.fits(4096, few, 2) is None
+    assert grouped.fits(4096, many, 4) is None and grouped.fits(4096, many.flip(0), 2) is None
+    thin = torch.arange(200, device=DEVICE).repeat_interleave(8)
+    assert grouped.fits(4096, thin, 1) is None and grouped.fits(2**14, thin, 1) is not None
+    assert grouped.fits(4096, torch.arange(2, device=DEVICE).repeat_interleave(800), 1) is None
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [2500, 5000])
+def test_grouped_in_a_graph_at_a_real_size(tokens):
+    y, x, A, B, gate, owner = problem(tokens, 2048, 1024, [64] * 28, torch.bfloat16)
+    packed = pack(A, gate)
+    assert grouped.fits(tokens, owner, 2) is not None
+    ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2)
+    out, graph = y.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.gated_mix_(out, x, packed, B, owner, 28, 2)
+    x.copy_(torch.randn_like(x))
+    out.copy_(y)
+    graph.replay()
+    assert torch.equal(out, ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2))
+    exact = [tensor.float() for tensor in (y, x, A, B)]
+    close(out, ops.gated_mix_ref(*exact, gate, owner, 2), torch.bfloat16)

@@ -217,3 +217,15 @@ def test_packed_weights_follow_the_weights():
     layer.add_adapter(adapters[2])
     check()
     assert torch.equal(layer.state_dict()["lora_A"], layer.lora_A)
+
+
+@interpreted
+def test_weights_packed_for_inference_can_be_trained_through():
+    layer, adapters = make_layer([2, 4], backend="triton")
+    x = torch.randn(5, 6)
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    expected = definition(layer, adapters, x)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), layer.gate.weight)
+    torch.testing.assert_close(layer.gate.weight.grad, expected_gradient.float(), rtol=1e-3, atol=1e-3)
