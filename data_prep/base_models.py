@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .errors import DataError, DownloadError
-from .hub import hub_answers
+from .hub import hub_answers, refusal
 from .sources import SMOLLM2, cache_root, require_free_space
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,8 @@ def _load_pretrained(location: str, dtype: torch.dtype) -> tuple[PreTrainedModel
         tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, local_files_only=local)
     except (OSError, ValueError) as error:
+        if advice := refusal(location, error):
+            raise DownloadError(advice) from error
         reason = " ".join(str(error).split())[:200]
         raise DownloadError(
             f"The base model {location} could not be loaded ({reason}): check the name, the network and your access to "

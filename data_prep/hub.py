@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from .errors import DataError, DownloadError
 from .splits import Example
@@ -61,6 +62,38 @@ def hub_answers() -> bool:
     return True
 
 
+def access_trouble(repository: str, kind: str = "model") -> str | None:
+    """Why a repository of the hub cannot be had, and the mend, in one sentence; ``None`` if it can.
+
+    Args:
+        kind: "model" or "dataset".
+    """
+    try:
+        huggingface_hub.HfApi().auth_check(repository, repo_type=kind)
+    except (GatedRepoError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        return refusal(repository, error) or f"{repository} cannot be had from the hub ({type(error).__name__})."
+    return None
+
+
+def refusal(repository: str, error: BaseException | None) -> str | None:
+    """What to do about a repository that the hub refused, if ``error`` or what caused it says so; else ``None``."""
+    seen = []
+    while error is not None and error not in seen:
+        if isinstance(error, GatedRepoError):
+            return (
+                f"{repository} is gated: accept the terms on its page on the hub, then log in with "
+                "`hf auth login` or set HF_TOKEN."
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"The hub has no {repository}, or shows it to its members alone: check the name, and log in with "
+                "`hf auth login` or set HF_TOKEN."
+            )
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _load(path: str, mirror: str | Path | None, task: str, **arguments):
     import datasets  # here: it is only needed for the hub and takes a second to import
 
@@ -78,6 +111,8 @@ def _load(path: str, mirror: str | Path | None, task: str, **arguments):
     # `datasets` passes on errors of half a dozen libraries (connection, HTTP status, missing repository, offline
     # mode, broken file); to the reader they all mean that this data set cannot be had now.
     except Exception as error:
+        if advice := refusal(path, error):
+            raise DownloadError(f"Task {task}: {advice}") from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DownloadError(
             f"Task {task} needs the data set {path} from the Hugging Face hub, which could not be read ({reason}): "

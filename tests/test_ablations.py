@@ -419,3 +419,28 @@ def test_a_study_that_was_not_run_is_named(whole):
         figures.variant_accuracy(whole[whole["study"] == "top_k"], ["gates"])
     with pytest.raises(ValueError, match="lacks the columns"):
         figures.added_adapter(pd.DataFrame({"study": ["added"]}))
+
+
+def test_few_prompts_train_gates_of_their_own(ablations, whole):
+    config, count = ablations.profile.gate_config(), ablations.settings.prompts[0]
+    few = ablations.trained("few", ablations.model_with(ablations.tasks), config, prompts=count).model
+    again = ablations.model_with(ablations.tasks)
+    train = {task: rows[:count] for task, rows in ablations.examples("train").items()}
+    dataset = gate_examples(train, ablations.profile.data.transcripts, seed=config.seed)
+    train_gates(again, dataset, config, tokenizer=ablations.study.tokenizer)
+    for name, layer in few.layers.items():
+        assert torch.equal(layer.gate.weight, again.layers[name].gate.weight)
+        assert not torch.equal(layer.gate.weight, ablations.study.model.layers[name].gate.weight)
+    rows = of(whole, study="prompts", task="ALL", metric="accuracy", method="meteora_top2")
+    assert rows["prompts"].tolist() == [count, len(ablations.examples("train")[ablations.tasks[0]])]
+    reference = of(whole, study="reference", task="ALL", metric="accuracy", method="meteora_top2")
+    assert rows["value"].iloc[-1] == reference["value"].iloc[0]
+    figure = figures.accuracy_over_prompts(whole)
+    assert figure.axes[0].lines[0].get_xdata().tolist() == sorted(rows["prompts"])
+
+
+def test_arrow_gates_are_not_the_trained_ones(whole):
+    rows = of(whole, study="arrow", metric="accuracy", task="ALL")
+    assert rows["method"].tolist() == ["meteora_top1", "meteora_top2"] and not len(of(whole, study="arrow", metric="training_seconds"))
+    own, trained = (of(whole, study=study, metric="gate_accuracy")["value"].iloc[0] for study in ("arrow", "reference"))
+    assert own != trained

@@ -121,6 +121,16 @@ def test_adapters_of_a_folder_are_copied_as_they_are(trained, base, examples, tm
         collect_adapters(workspace, *base, *examples)
 
 
+def test_each_adapter_may_lie_in_a_place_of_its_own(trained, base, examples, tmp_path):
+    for task in TASKS:
+        shutil.copytree(trained[0].adapters / task, tmp_path / f"llama-{task}-lora")
+    adapters = {"source": str(tmp_path / "llama-{task}-lora")}
+    workspace = _workspace(tmp_path / "run", adapters=adapters, lora_b=None, lora_f=None)
+    found = collect_adapters(workspace, *base, *examples)
+    for task in TASKS:
+        assert (found.tasks[task] / WEIGHTS).read_bytes() == (tmp_path / f"llama-{task}-lora" / WEIGHTS).read_bytes()
+
+
 def test_lora_f_sees_all_training_examples_there_are(trained, base, examples, tmp_path):
     training = {"max_steps": 2, "samples_per_step": 2, "learning_rate": 0.01, "evaluate_every": 1}
     source, lora_f = {"source": str(trained[0].adapters)}, {"source": "train", "rank": 4, "training": training}

@@ -55,6 +55,24 @@ def device(bytes_per_s=1e9, flop_per_s=1e11):
     )
 
 
+def whole_model(factor, launches=("graph", "eager"), **other):
+    """Rows of a whole model: time is 100 us a token (prefill) or context (decode) times the factor."""
+    rows = []
+    cells = [("prefill", 1, t) for t in (512, 2048)] + [("decode", b, 1024) for b in (1, 32)]
+    for mode, batch, tokens in cells:
+        for backend, f in factor.items():
+            common = {"mode": mode, "batch": batch, **other}
+            work = batch * (tokens if mode == "prefill" else 1)
+            time = 100.0 * work * f
+            for launch in launches:
+                common["launch"] = launch
+                rows.append(row("model", backend, tokens, 28, (4096, 128256), "time_us", time, **common))
+                rows.append(row("model", backend, tokens, 28, (4096, 128256), "tokens_per_s", 1e6 * work / time, **common))
+            common["launch"] = "eager"
+            rows.append(row("model", backend, tokens, 28, (4096, 128256), "peak_bytes", f * work * 2**20, **common))
+    return pd.DataFrame(rows)
+
+
 def words(figure):
     return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
 
@@ -223,7 +241,8 @@ QUARTERS = {"adapters": (28,), "tokens": (16, 4096), "sizes": ((4096, 4096),)}
 def test_every_aim_is_found_in_a_whole_record_and_reached_where_it_is():
     modes = [benchmark(GPU, **QUARTERS, rank=r, routing=s, mode=m) for r in (8, 64) for s in ("uniform", "runs")
              for m in ("forward", "backward")]  # fmt: skip
-    rows = pd.concat(modes)
+    model = whole_model({"base": 1.0, "single_lora": 1.2, "triton": 1.1, "auto": 1.1, "loop": 12.0, "dense": 1.3})
+    rows = pd.concat([*modes, model])
     table = aims_table(rows)
     assert list(table["case"].unique()) == [aim.case for aim in AIMS]
     assert (table["reached"] == "yes").all() and (table["within"] == table["settings"]).all()
@@ -237,6 +256,55 @@ def test_every_aim_is_found_in_a_whole_record_and_reached_where_it_is():
     assert (first["backend"], first["reached"], first["within"], first["settings"]) == ("triton", "no", 1, 2)
     assert first["worst"] == pytest.approx(1.32) and first["median"] == pytest.approx(1.21)
     assert first["worst_at"] == "forward, 4096 -> 4096, 4096 tokens, 28 adapters, rank 8, top-2, runs"
+
+
+def test_a_whole_models_aims_are_looked_at_in_each_way_of_launching():
+    model = whole_model({"base": 1.0, "single_lora": 1.2, "triton": 1.1, "loop": 12.0})
+    slow = model["launch"].eq("eager") & model["backend"].eq("triton") & model["tokens"].eq(2048)
+    table = aims_table(model.assign(value=model["value"].where(~slow, 2 * model["value"]))).set_index("case")
+    assert table.loc["whole model, prefill in a CUDA graph", ["median", "within", "settings"]].tolist() == [
+        pytest.approx(1.1), 2, 2,
+    ]  # fmt: skip
+    eager = table.loc["whole model, prefill"]
+    assert (eager["reached"], eager["within"], eager["worst"]) == ("no", 1, pytest.approx(2.2))
+    assert eager["worst_at"] == "prefill, eager, 1 x 2048 tokens, 28 adapters, rank 8, top-2, uniform"
+    loop = table.loc["whole model, beside the loop"]
+    assert loop["worst"] == pytest.approx(12 / 2.2) and loop["settings"] == 4, "eager against eager"
+
+
+# A whole model -------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_model_is_drawn_over_tokens_and_contexts():
+    slow = {"loop": 20.0}
+    rows = pd.concat([whole_model({"base": 1.0, "triton": 1.1}), whole_model(slow, ("eager",))])
+    figure = figures.model_speed(rows)
+    titles = [axes.get_title() for axes in figure.axes[:2]]
+    assert titles == ["prefill, 1 prompt at once", "decode, contexts of 1024 tokens"]
+    speed, decoding, ratio = figure.axes[:3]
+    assert line(speed, "triton").get_xdata().tolist() == [512, 2048]
+    assert line(speed, "triton").get_ydata() == pytest.approx([1e4 / 1.1] * 2)
+    assert line(decoding, "triton").get_xdata().tolist() == [1, 32]
+    assert line(ratio, "triton").get_ydata() == pytest.approx([1.1, 1.1])
+    assert line(ratio, "loop").get_ydata() == pytest.approx([20.0, 20.0]), "against the base model launched likewise"
+    assert "base" not in [drawn.get_label().split()[0] for drawn in ratio.get_lines()]
+    assert "CUDA graph (loop: eager)" in figure.get_suptitle() and "28 adapters of rank 8" in figure.get_suptitle()
+    assert line(figure.axes[4], "triton").get_ydata() == pytest.approx([1.1 * 512, 1.1 * 2048])
+
+
+def test_without_graphs_a_whole_model_is_drawn_as_it_was_launched():
+    rows = whole_model({"base": 1.0, "dense": 3.0}, ("eager",))
+    assert figures.model_speed(rows).get_suptitle().endswith("float32, eager; dotted: 1.15x, the aim")
+    with pytest.raises(ValueError, match="no rows of workload model"):
+        figures.model_speed(benchmark())
+
+
+def test_a_slower_launch_is_drawn_if_it_is_asked_for():
+    rows = whole_model({"base": 1.0, "triton": 1.1})
+    slow = rows["launch"].eq("eager") & rows["backend"].eq("triton") & rows["metric"].eq("time_us")
+    rows = rows.assign(value=rows["value"].where(~slow, 2 * rows["value"]))
+    assert line(figures.model_speed(rows, launch="eager").axes[2], "triton").get_ydata() == pytest.approx([2.2, 2.2])
+    assert line(figures.model_speed(rows).axes[2], "triton").get_ydata() == pytest.approx([1.1, 1.1])
 
 
 def test_without_our_backends_there_is_no_aim():

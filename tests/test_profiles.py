@@ -154,7 +154,7 @@ def test_the_training_options_reach_the_configs(write) -> None:
     ("changes", "message"),
     [
         ({"sed": 1}, r"mine\.yaml: unknown key sed; known are name, .*seed"),
-        ({"data__tarin": 1}, r"unknown key data\.tarin; known are train, valid, test"),
+        ({"data__tarin": 1}, r"unknown key data\.tarin; known are source, train, valid, test"),
         ({"model": DELETE}, r"key model is missing"),
         ({"evaluation__batch_size": DELETE}, r"key evaluation\.batch_size is missing"),
         ({"seed": "zero"}, r"seed must be a whole number, not 'zero'"),

@@ -124,6 +124,14 @@ def test_micro_batches_do_not_change_the_result(core, make, objective):
         torch.testing.assert_close(gates(cut)[name], gate, rtol=1e-3, atol=1e-4)
 
 
+def test_the_local_objective_keeps_nothing_for_a_way_back(core, make):
+    def kept(tensor):
+        pytest.fail(f"{tuple(tensor.shape)} was kept for a backward pass")
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        run(make(), core, objective="gate", gradient_checkpointing=True)
+
+
 def test_gradient_checkpointing_gives_the_same_history(core, make, recwarn):
     plain, checkpointed = make(), make()
     calls = []

@@ -73,6 +73,7 @@ class AblationSettings:
         added_steps: of the training of the added task's gate rows alone.
         modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
         gates: name -> options that replace those of the profile's ``gates``: trainings that are compared.
+        prompts: gates trained on so many examples of each task alone.
         held_out: tasks left out of a model that then meets their prompts.
         foreign: tasks that are none of the profile's, met by the whole model.
         shots: solved examples in composite prompts of the smallest size; ``composite_items`` of them.
@@ -90,6 +91,7 @@ class AblationSettings:
     added_steps: int = 50
     modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prompts: tuple[int, ...] = ()
     held_out: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     shots: tuple[int, ...] = ()
@@ -102,6 +104,7 @@ class AblationSettings:
     def __post_init__(self) -> None:
         at_least(1, samples=self.samples, added_steps=self.added_steps, composite_items=self.composite_items)
         at_least(1, top_k=min(self.top_k, default=1), adapters=min(self.adapters, default=1))
+        at_least(1, prompts=min(self.prompts, default=1))
         at_least(0, shots=min(self.shots, default=0), seeds=min(self.seeds, default=0))
         for task in self.foreign:
             get_task(task)

@@ -41,7 +41,7 @@ from meteora.study.transcripts import gate_examples
 
 COLUMNS = (
     "study", "variant", "method", "adapters", "top_k", "temperature", "composite", "protocol", "shots", "batch",
-    "tokens", "split", "task", "adapter", "metric", "value", "low", "high", "n", "unit",
+    "tokens", "prompts", "split", "task", "adapter", "metric", "value", "low", "high", "n", "unit",
 )  # fmt: skip
 GATE_SAMPLES = 10  # examples of a task that the gates' accuracy is counted on
 
@@ -151,18 +151,26 @@ class Ablations:
         return MeteoraModel(share_weights(self.study.plain), adapters, MeteoraConfig()).eval()
 
     def trained(
-        self, name: str, model: MeteoraModel, config: GateTrainingConfig, *, tasks: Sequence[str] | None = None
+        self,
+        name: str,
+        model: MeteoraModel,
+        config: GateTrainingConfig,
+        *,
+        tasks: Sequence[str] | None = None,
+        prompts: int | None = None,
     ) -> TrainedGates:
         """Train the gates of ``model`` as notebook 02 does, or take those that an earlier call of that name left.
 
         Args:
             tasks: whose examples are shown; default: those of the model's adapters.
+            prompts: so many examples of each task alone, also in the contexts of several tasks.
         """
-        train = {task: load_split(self.workspace.data, task, "train") for task in tasks or model.adapter_names}
+        shown = tasks or model.adapter_names
+        train = {task: load_split(self.workspace.data, task, "train")[:prompts] for task in shown}
         dataset = gate_examples(train, self.profile.data.transcripts, seed=config.seed)
         path = self.folder / "gates" / f"{quote(name, safe='')}.safetensors"
         inputs = {part: self._inputs[part] for part in ("model", "data", "adapters")}
-        recipe = fingerprint([inputs, asdict(config), model.adapter_names, sorted(model.layers), list(train)])
+        recipe = fingerprint([inputs, asdict(config), model.adapter_names, sorted(model.layers), list(train), prompts])
         kept = _read_gates(path, recipe)
         if kept is not None:
             for module, layer in model.layers.items():

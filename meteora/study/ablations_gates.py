@@ -32,6 +32,46 @@ def gates_study(ablations: Ablations) -> Iterator[Variant]:
         yield Variant(name, {**ablations.profile.gates, **options}, produce)
 
 
+def arrow_study(ablations: Ablations) -> Iterator[Variant]:
+    """Gates that nothing was trained for (:mod:`meteora.arrow`), in our own model: the mixture is the same."""
+    if not ablations.settings.gates:
+        return
+
+    def produce() -> list[Row]:
+        base = share_weights(ablations.study.plain)
+        model = MeteoraModel.from_adapters(base, ablations.study.adapters, gates="arrow").eval()
+        methods = methods_of(model, "meteora_top1", "meteora_top2")
+        answers = ablations.answer(methods, ablations.valid, "arrow gates")
+        rows = ablations.accuracy_rows(answers, adapters=len(ablations.tasks))
+        return rows + ablations.gate_rows(model, adapters=len(ablations.tasks))
+
+    yield Variant("prototypes, nothing trained", {}, produce)
+
+
+def prompts_study(ablations: Ablations) -> Iterator[Variant]:
+    """Gates trained on few examples a task, in as many steps as the profile's own, which stand beside them."""
+    for count in sorted(set(ablations.settings.prompts)):
+
+        def produce(count: int = count) -> list[Row]:
+            model = ablations.model_with(ablations.tasks)
+            found = ablations.trained(f"{count} prompts", model, ablations.profile.gate_config(), prompts=count)
+            methods = methods_of(found.model, "meteora_top1", "meteora_top2")
+            answers = ablations.answer(methods, ablations.valid, "prompts", str(count))
+            rows = ablations.accuracy_rows(answers, adapters=len(ablations.tasks), prompts=count)
+            return rows + ablations.gate_rows(found.model, adapters=len(ablations.tasks), prompts=count) + _cost(found)
+
+        yield Variant(f"{count} prompts a task", {"gates": ablations.profile.gates}, produce)
+
+    def all_prompts() -> list[Row]:
+        count = max(map(len, ablations.examples("train").values()))
+        common = {"adapters": len(ablations.tasks), "prompts": count}
+        answers = {name: ablations.reference[name] for name in ("meteora_top1", "meteora_top2")}
+        return ablations.accuracy_rows(answers, **common) + ablations.gate_rows(ablations.study.model, **common)
+
+    if ablations.settings.prompts:
+        yield Variant("all prompts", {}, all_prompts)
+
+
 def _cost(found: TrainedGates) -> list[Row]:
     """What a training of gates took; its memory is known on a GPU alone."""
     rows = [row("training_seconds", found.seconds, unit="s")]
@@ -148,6 +188,8 @@ def _trained_with(ablations: Ablations, seed: int) -> tuple[MeteoraModel, Meteor
 
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     "gates": gates_study,
+    "arrow": arrow_study,
+    "prompts": prompts_study,
     "adapters": adapters_study,
     "modules": modules_study,
     "seeds": seeds_study,

@@ -1,8 +1,8 @@
 """The benchmark: every way to compute the mixture, on whatever device there is, into the rows of ``benchmark.csv``.
 
-Three levels, which are the file's ``workload``: the ``device`` itself (how fast it copies and multiplies), one linear
-``layer`` in many settings, and the ``tasks``' real prompts, the paper's Figure 5. Notebook 05 calls `record_benchmark`;
-a machine without notebooks does::
+Four levels, which are the file's ``workload``: the ``device`` itself (how fast it copies and multiplies), one linear
+``layer`` in many settings, the ``tasks``' real prompts, the paper's Figure 5, and a whole ``model`` with random weights,
+if the profile has one. Notebook 05 calls `record_benchmark`; a machine without notebooks does::
 
     python -P -m meteora.study.benchmark --profile smollm2 --output benchmark.csv
 """
@@ -25,6 +25,7 @@ from meteora.backends import resolve
 from meteora.study import figures
 from meteora.study.artifacts import ArtifactError, Workspace, find_stage, set_up, write_bytes
 from meteora.study.benchmark_measure import measure_device, measure_layers
+from meteora.study.benchmark_model import measure_model
 from meteora.study.benchmark_rows import RowFile, read_rows, where_measured
 from meteora.study.benchmark_tasks import measure_tasks, prompt_lengths
 from meteora.study.predictions import fingerprint
@@ -34,7 +35,7 @@ from meteora.study.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-LEVELS = ("device", "layer", "tasks")
+LEVELS = ("device", "layer", "tasks", "model")
 
 
 class TimeIsUp(Exception):
@@ -77,7 +78,8 @@ def run_benchmark(
         ArtifactError: if ``path`` holds something else, or rows of another machine.
         ProfileError: if a backend cannot run on ``device``.
     """
-    for backend in settings.backends:
+    studies = settings.model.studies if settings.model else ()
+    for backend in dict.fromkeys((*settings.backends, *(name for study in studies for name in study.backends))):
         try:
             resolve(backend, device.type)
         except RuntimeError as error:
@@ -97,6 +99,8 @@ def run_benchmark(
             measure_layers(settings, file, watch, seed=seed, go_on=go_on, progress=progress)
         if "tasks" in levels:
             measure_tasks(settings, lengths, file, device, seed=seed, go_on=go_on, progress=progress)
+        if "model" in levels:
+            measure_model(settings, file, device, seed=seed, go_on=go_on, progress=progress)
     except TimeIsUp:
         return False
     return True
@@ -113,6 +117,9 @@ def draw(frame: pd.DataFrame) -> dict[str, matplotlib.figure.Figure]:
         "roofline": figures.roofline(frame),
         "figure5": figures.figure5_total_time(frame),
     }
+    if (frame["workload"] == "model").any():
+        drawn["benchmark_model"] = figures.model_speed(frame)
+        drawn["benchmark_model_eager"] = figures.model_speed(frame, launch="eager")
     return drawn
 
 
@@ -125,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="laptop", metavar="NAME", help="a profile's name or .yaml file (laptop)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the CSV file; what it lacks is measured")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the profile's")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="instead of all three")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="instead of all four")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing new after that time")
     parser.add_argument("--draw", action="store_true", help="measure nothing: draw FILE into results/NAME/figures/")
     options = parser.parse_args(arguments)

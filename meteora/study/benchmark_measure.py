@@ -120,7 +120,7 @@ def _operands(cell: Cell, device: torch.device, seed: int) -> Operands | None:
     try:
         return make_operands(cell, device, seed)
     except RuntimeError as error:
-        _require_memory_error(error)
+        require_memory_error(error)
         return None
 
 
@@ -142,9 +142,9 @@ def _measure(
             expected[kind] = expect(cell, o, name, mode)
         with torch.inference_mode(mode == "forward"):
             check(cell, o, name, mode, expected[kind])
-            return _time_and_memory(_setting(cell, mode, name), _preparation(cell, mode, name, o), launches, watch)
+            return time_and_memory(_setting(cell, mode, name), _preparation(cell, mode, name, o), launches, watch)
     except RuntimeError as error:
-        _require_memory_error(error)
+        require_memory_error(error)
     if watch.device.type == "cuda":
         torch.cuda.empty_cache()
     return _without_memory(cell, mode, name)
@@ -156,7 +156,7 @@ def _preparation(cell: Cell, mode: str, name: str, o: Operands) -> Callable[[], 
     return lambda: forward_pass(name, cell.top_k, o)
 
 
-def _time_and_memory(
+def time_and_memory(
     setting: dict[str, Any],
     prepare: Callable[[], Callable[[], Any]],
     launches: Iterable[str],
@@ -185,7 +185,7 @@ def _without_memory(cell: Cell, mode: str, name: str) -> list[dict[str, Any]]:
     return [make_row(setting, metric, None, unit=OUT_OF_MEMORY) for metric in ("time_us", "peak_bytes")]
 
 
-def _require_memory_error(error: RuntimeError) -> None:
+def require_memory_error(error: RuntimeError) -> None:
     """Raise ``error`` again unless it says that memory ran out."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         raise error

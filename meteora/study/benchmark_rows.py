@@ -21,7 +21,9 @@ COLUMNS = (
 )  # fmt: skip
 WHERE = ("device", "torch", "triton")
 OUT_OF_MEMORY, NOT_CAPTURABLE = "out of memory", "not capturable"  # units of rows that have no value
-UNITS = {"time_us": "us", "peak_bytes": "bytes", "bytes_per_s": "bytes/s", "flop_per_s": "flop/s"}
+UNITS = {
+    "time_us": "us", "peak_bytes": "bytes", "bytes_per_s": "bytes/s", "flop_per_s": "flop/s", "tokens_per_s": "tokens/s",
+}  # fmt: skip
 
 
 def where_measured(device: torch.device) -> dict[str, str]:

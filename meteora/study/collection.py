@@ -76,7 +76,10 @@ def collect_adapters(
         found = {task: adapter_directory(workspace.adapters, task) for task in train}
     else:
         folder = profile.adapters.path
-        found = {task: collect(task, adapter_directory(folder, task), workspace.adapters) for task in train}
+        places = {task: adapter_directory(folder, task) for task in train}
+        if "{task}" in profile.adapters.source:
+            places = {task: profile.adapters.place(task) for task in train}
+        found = {task: collect(task, place, workspace.adapters) for task, place in places.items()}
         recorded = folder / HISTORY
         if recorded.is_file():
             history += pandas.read_csv(recorded).to_dict("records")
@@ -86,7 +89,8 @@ def collect_adapters(
         if settings is None:
             continue
         if settings.path is not None:
-            single[name] = collect(name, settings.path, workspace.adapters)
+            place = settings.path if settings.path.is_dir() else settings.source  # a hub id
+            single[name] = collect(name, place, workspace.adapters)
             continue
         config = settings.config(profile.seed)
         per_task = (settings if profile.adapters.path else profile.adapters).config().samples_per_step

@@ -28,7 +28,7 @@ def prepare_examples(workspace: Workspace, *, everything: bool = False) -> tuple
     sizes = {"train": data.train, "valid": data.valid, "test": data.test}
     if everything:
         sizes = {"train": None, "valid": 0, "test": 0}
-    settings = {"sizes": sizes, "seed": profile.seed, "max_characters": data.max_characters}
+    settings = {"sizes": sizes, "seed": profile.seed, "source": data.source, "max_characters": data.max_characters}
     code = [file_sha256(path) for path in sources_of("from data_prep.prepare import prepare_tasks")]
     recipe = fingerprint([profile.tasks, settings, code])
     manifest = _left(folder, recipe)

@@ -2,6 +2,7 @@
 
 from meteora.study.figures_benchmark import benchmark_over, benchmark_ratios, figure5_total_time
 from meteora.study.figures_diagrams import figure1_framework, figure2_module
+from meteora.study.figures_model import model_speed
 from meteora.study.figures_results import composite_summary, figure3_dots, figure3_radar
 from meteora.study.figures_roofline import roofline
 from meteora.study.figures_tokens import figure4_html, figure4_tokens
@@ -20,6 +21,7 @@ __all__ = [
     "figure4_tokens",
     "figure5_total_time",
     "gate_curves",
+    "model_speed",
     "roofline",
     "routing_heatmaps",
 ]

@@ -20,6 +20,7 @@ STUDY_TITLES = {
     "deciding": "gates that decide",
     "modules": "modules with adapters",
     "gates": "training of the gates",
+    "arrow": "gates without training",
     "seeds": "seeds (test split)",
 }
 _SPEED = {  # metric -> label, factor
@@ -101,6 +102,38 @@ def accuracy_over_adapters(ablations: pd.DataFrame) -> Figure:
     right.set(title="right adapter first", xlabel="adapters in the model", ylabel="share of tokens", ylim=(0, 1.02))
     for axes in (left, right):
         axes.set_xticks(counts, [f"{count:g}" for count in counts])
+    _one_legend(figure, (left, right))
+    return figure
+
+
+@styled
+def accuracy_over_prompts(ablations: pd.DataFrame) -> Figure:
+    """Accuracy, and how often the gates are right, by the examples of each task that the gates were trained on."""
+    frame = _of(ablations, "prompts")
+    figure = plt.figure(figsize=(7.6, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    means = frame[(frame["metric"] == "accuracy") & (frame["task"] == "ALL")]
+    for method in in_order(means["method"]):
+        part = means[means["method"] == method].sort_values("prompts")
+        color, marker, line = style_of(_STYLES, method)
+        left.plot(part["prompts"], part["value"], color=color, marker=marker, linestyle=line, label=label(method))
+        left.fill_between(part["prompts"].astype(float), part["low"], part["high"], color=color, alpha=0.12)
+    told = ablations.query("study == 'reference' and method == 'peft' and metric == 'accuracy' and task == 'ALL'")
+    if len(told):
+        color, _, line = style_of(_STYLES, "peft")
+        left.axhline(told["value"].iloc[0], color=color, linestyle=line, linewidth=1.1, label=label("peft"))
+    left.set(title="all tasks", ylabel="mean accuracy", ylim=(0, None))
+    for metric, marker, line in (("gate_accuracy", "o", "-"), ("majority_accuracy", "s", "--")):
+        part = frame[frame["metric"] == metric].sort_values("prompts")
+        text = "single gates" if metric == "gate_accuracy" else "majority of a token's gates"
+        right.plot(part["prompts"], part["value"], color=BLUE, marker=marker, linestyle=line, label=text)
+    right.set(title="right adapter first", ylabel="share of tokens", ylim=(0, 1.02))
+    counts = sorted(frame["prompts"].dropna().unique())
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("training examples of each task")
+        axes.set_xticks(counts, [f"{count:g}" for count in counts])
+        axes.minorticks_off()
     _one_legend(figure, (left, right))
     return figure
 

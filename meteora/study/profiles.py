@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UnknownTaskError
+from data_prep.prepare import SOURCES
 from data_prep.tasks import get_task
 from meteora.config import BACKENDS, AdapterTrainingConfig, GateTrainingConfig, TrainingConfig
 from meteora.study.ablation_settings import AblationSettings
 from meteora.study.checks import at_least, distinct, one_of, training_config
+from meteora.study.model_settings import DecoderShape, WholeModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROFILES = REPOSITORY / "notebooks" / "profiles"
@@ -41,11 +43,15 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The base model: ``source`` as `data_prep.base_models.load_base_model` takes it; ``device`` auto, cpu or cuda."""
+    """The base model: ``source`` as `data_prep.base_models.load_base_model` takes it; ``device`` auto, cpu or cuda.
+
+    ``shape`` is the model's own, from which a dry run reckons sizes before anything of it is downloaded.
+    """
 
     source: str
     dtype: str = "float32"
     device: str = "auto"
+    shape: DecoderShape | None = None
 
     def __post_init__(self) -> None:
         one_of(DTYPES, dtype=self.dtype)
@@ -57,10 +63,13 @@ class DataSettings:
     """At most so many examples of each task in each split; ``None``: all there are.
 
     Attributes:
+        source: ``auto`` (BIG-bench from the package index, the other tasks from the hub), or ``authors``: the paper's
+            own prepared data on the hub.
         transcripts: how many contexts that hold training examples of several tasks the gates are shown besides.
         max_characters: leaves out longer examples (prompt and response), which fit no context window.
     """
 
+    source: str = "auto"
     train: int | None = None
     valid: int | None = None
     test: int | None = None
@@ -68,6 +77,7 @@ class DataSettings:
     max_characters: int | None = None
 
     def __post_init__(self) -> None:
+        one_of(SOURCES, source=self.source)
         at_least(1, train=self.train, valid=self.valid, test=self.test, max_characters=self.max_characters)
         at_least(0, transcripts=self.transcripts)
 
@@ -78,8 +88,9 @@ class AdapterSettings:
 
     Attributes:
         source: ``train``, or where they lie: a folder with one PEFT directory per task (for ``adapters``), or one PEFT
-            directory (for ``lora_b``, ``lora_f``). Relative paths start at the repository. Trained here, ``lora_b``
-            sees the examples that all adapters together see, ``lora_f`` every training example that there is.
+            directory or hub id (for ``lora_b``, ``lora_f``). With ``{task}`` in it, such as ``me/llama-{task}``, it is
+            the directory or hub id of each task's adapter. Relative paths start at the repository. Trained here,
+            ``lora_b`` sees the examples that all adapters together see, ``lora_f`` every training example that there is.
         rank, alpha: of adapters that are trained.
         training: further fields of `meteora.AdapterTrainingConfig`.
     """
@@ -93,6 +104,11 @@ class AdapterSettings:
     def path(self) -> Path | None:
         """The folder ``source`` names, or ``None`` if the adapters are to be trained."""
         return None if self.source == "train" else REPOSITORY / Path(self.source).expanduser()
+
+    def place(self, task: str) -> str:
+        """The directory or hub id of a task's adapter, where ``source`` has ``{task}``."""
+        place = self.source.replace("{task}", task)
+        return str(REPOSITORY / place) if (REPOSITORY / place).is_dir() else place
 
     def config(self, seed: int = 0) -> AdapterTrainingConfig:
         """How they are trained; ``seed`` holds unless ``training`` has one."""
@@ -240,6 +256,7 @@ class BenchmarkSettings:
     Attributes:
         layers: one linear layer, in settings of your choice.
         tasks: the tasks' real prompts.
+        model: a whole decoder with random weights.
         repeats: how often a call is timed, at most.
         seconds: how long a call is repeated for at most, three times in any case.
     """
@@ -247,6 +264,7 @@ class BenchmarkSettings:
     backends: tuple[str, ...]
     layers: tuple[LayerStudy, ...]
     tasks: PromptStudy
+    model: WholeModel | None = None
     dtype: str = "float32"
     repeats: int = 5
     seconds: float = 1.0

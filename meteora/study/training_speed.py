@@ -1,0 +1,164 @@
+"""How fast gates are trained on a whole model with random weights: tokens a second, peak memory, hours for a budget.
+
+The samples are random tokens of one length. What is timed is `meteora.train_gates` itself, data and optimiser included,
+in objective ``gate``, and in ``joint`` with gradient checkpointing::
+
+    python -P -m meteora.study.training_speed --profile smollm2
+
+writes ``results/<profile>/metrics/training_speed.csv``, one row a measurement, in the columns COLUMNS. ``metric`` is
+``tokens_per_s``; ``peak_bytes``, the most that was held on the GPU at once, weights included (on a CPU: by the
+process); or ``hours``, what BUDGET samples of that length would take, the paper's 1,000 of each of its 28 tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import random
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
+from meteora.study.artifacts import ArtifactError, Workspace, set_up, write_text
+from meteora.study.benchmark_measure import require_memory_error
+from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
+from meteora.study.model_settings import TrainingSpeed, WholeModel
+from meteora.study.profiles import ProfileError, load_profile
+from meteora.study.random_models import random_adapters, random_decoder, random_mixture
+
+logger = logging.getLogger(__name__)
+
+FILE = "training_speed.csv"
+BUDGET = 28_000
+# Objective, and whether activations are recomputed; the objective `gate` has none to recompute.
+VARIANTS = (("gate", False), ("joint", True))
+COLUMNS = (
+    "objective", "gradient_checkpointing", "hidden_size", "layers", "adapters", "rank", "top_k", "sample_tokens",
+    "samples_per_step", "tokens_per_batch", "steps", "dtype", "metric", "value", "unit", "device", "torch", "triton",
+)  # fmt: skip
+_UNITS = {"tokens_per_s": "tokens/s", "peak_bytes": "bytes", "hours": "h"}
+
+
+class CodePoints:
+    """A tokenizer for random texts: one token a character, whose id is its code point."""
+
+    pad_token_id = eos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def random_samples(names: Sequence[str], study: TrainingSpeed, vocabulary: int, seed: int = 0) -> list[dict[str, str]]:
+    """As many samples of each task as the steps need; the end-of-text token is the last of a response's tokens."""
+    generator = random.Random(seed)
+
+    def text(tokens: int) -> str:
+        return "".join(chr(generator.randrange(2, min(vocabulary, 0xD800))) for _ in range(tokens))  # no surrogates
+
+    lengths = study.prompt_tokens, study.response_tokens - 1
+    count = study.samples_per_step * (1 + study.steps)
+    return [{"task": n, "prompt": text(lengths[0]), "response": text(lengths[1])} for n in names for _ in range(count)]
+
+
+def measure_training(
+    whole: WholeModel, dtype: str, device: torch.device, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The rows of all VARIANTS, without the columns that say where they were measured."""
+    study = whole.training
+    tokens = study.prompt_tokens + study.response_tokens
+    base = random_decoder(whole.shape, context=tokens, dtype=getattr(torch, dtype), device=device, seed=seed)
+    adapters = random_adapters(base, whole.adapters, whole.rank, seed=seed)
+    model = random_mixture(base, adapters, MeteoraConfig(top_k=whole.top_k), seed=seed)
+    del adapters
+    rows = random_samples(model.adapter_names, study, whole.shape.vocab_size, seed)
+    found = []
+    for objective, checkpointing in VARIANTS:
+        setting = {
+            "objective": objective, "gradient_checkpointing": checkpointing, "hidden_size": whole.shape.hidden_size,
+            "layers": whole.shape.num_hidden_layers, "adapters": whole.adapters, "rank": whole.rank,
+            "top_k": whole.top_k, "sample_tokens": tokens, "samples_per_step": study.samples_per_step * whole.adapters,
+            "tokens_per_batch": study.tokens_per_batch, "steps": study.steps, "dtype": dtype,
+        }  # fmt: skip
+        config = GateTrainingConfig(
+            objective=objective, gradient_checkpointing=checkpointing, max_steps=1 + study.steps, seed=seed,
+            samples_per_step=study.samples_per_step, tokens_per_batch=study.tokens_per_batch, max_length=tokens,
+        )  # fmt: skip
+        values: dict[str, float | None] = dict.fromkeys(_UNITS)
+        try:
+            seconds, values["peak_bytes"] = _time_training(model, rows, config, device)
+            values["tokens_per_s"] = setting["samples_per_step"] * tokens / seconds
+            values["hours"] = BUDGET * tokens / values["tokens_per_s"] / 3600
+        except RuntimeError as error:
+            require_memory_error(error)
+        for metric, value in values.items():
+            unit = _UNITS[metric] if value is not None else OUT_OF_MEMORY
+            found.append({**setting, "metric": metric, "value": value, "unit": unit})
+        logger.info("%s: %s", objective, ", ".join(f"{m} {v:.4g}" for m, v in values.items() if v is not None))
+    return found
+
+
+def _time_training(
+    model: MeteoraModel, rows: list[dict[str, str]], config: GateTrainingConfig, device: torch.device
+) -> tuple[float, int]:
+    """Mean seconds of a step after the first, which loads and compiles what the others use; and the peak in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begins: list[float] = []
+
+    def note(*_) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begins.append(time.perf_counter())
+
+    # Called once a micro-batch, also where activations are recomputed.
+    hook = model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        train_gates(model, rows, config, tokenizer=CodePoints())
+        note()
+    finally:
+        hook.remove()
+    per_step = (len(begins) - 1) // config.max_steps
+    seconds = (begins[-1] - begins[per_step]) / (config.max_steps - 1)
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -P -m meteora.study.training_speed", description="Time gate training.")
+    parser.add_argument("--profile", default="smollm2", metavar="NAME", help="a profile's name or .yaml file (smollm2)")
+    parser.add_argument("--output", metavar="FILE", help=f"instead of results/NAME/metrics/{FILE}")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the profile's")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        workspace = Workspace(load_profile(options.profile))
+        profile, whole = workspace.profile, workspace.profile.benchmark.model
+        if whole is None or whole.training is None:
+            raise ProfileError(f"profile {profile.name!r} has no section benchmark.model.training; give it one.")
+        if options.device:
+            profile = replace(profile, model=replace(profile.model, device=options.device))
+        device = set_up(profile)
+        rows = measure_training(whole, profile.benchmark.dtype, device, seed=profile.seed)
+    except (ProfileError, ArtifactError) as error:
+        logger.error("error: %s", error)
+        return 2
+    where = where_measured(device)
+    frame = pd.DataFrame([{**row, **where} for row in rows], columns=COLUMNS)
+    path = Path(options.output) if options.output else workspace.metrics / FILE
+    write_text(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""What a dry run reckons is what the models really have and keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from meteora import MeteoraConfig
+from meteora.study import estimates
+from meteora.study.estimates import activation_bytes, adapter_parameters, gate_parameters, gpu_bytes, parameters
+from meteora.study.model_settings import DecoderShape
+from meteora.study.profiles import load_profile
+from meteora.study.random_models import random_adapters, random_decoder, random_mixture
+
+SHAPE = DecoderShape(32, 64, 3, 4, 2, 256)
+CPU = torch.device("cpu")
+
+
+def test_counts_are_those_of_a_real_model():
+    base = random_decoder(SHAPE, context=16, dtype=torch.float32, device=CPU)
+    assert parameters(SHAPE) == sum(p.numel() for p in base.parameters())
+    adapters = random_adapters(base, 5, 4)
+    one = sum(w.A.numel() + w.B.numel() for w in adapters[0].modules.values())
+    assert adapter_parameters(SHAPE, 4) == one
+    model = random_mixture(base, adapters, MeteoraConfig())
+    assert gate_parameters(SHAPE, 5) == sum(layer.gate.weight.numel() for layer in model.layers.values())
+
+
+def test_the_papers_models_are_as_large_as_their_names_say():
+    sizes = {name: parameters(load_profile(name).model.shape) for name in ("llama3-8b", "llama2-13b")}
+    assert sizes == {"llama3-8b": 8_030_261_248, "llama2-13b": 13_015_864_320}
+    shape = load_profile("llama3-8b").model.shape
+    assert gate_parameters(shape, 28) == pytest.approx(34.9e6, rel=0.01), "PAPER: 34.9M parameters"
+
+
+def test_activations_are_what_a_real_pass_keeps(monkeypatch):
+    """Counted once more on real tensors, where attention keeps a little less."""
+    options = {"adapters": 3, "rank": 4, "trained": "adapters"}
+    faked = estimates._kept(SHAPE, 24, **options)
+    monkeypatch.setattr(estimates, "FakeTensorMode", estimates.nullcontext)
+    assert faked == pytest.approx(estimates._kept(SHAPE, 24, **options), rel=0.1)
+
+
+@pytest.mark.parametrize("trained", ["adapters", "gates"])
+def test_activations_grow_with_blocks_and_tokens_and_checkpointing_saves_them(trained):
+    def kept(layers=3, tokens=64, **options):
+        shape = replace(SHAPE, num_hidden_layers=layers)
+        return activation_bytes(shape, tokens, adapters=3, rank=4, trained=trained, **options)
+
+    assert kept(6) - kept(3) == 3 * (kept(4) - kept(3))
+    assert kept(tokens=128) == pytest.approx(2 * kept(), rel=0.1)
+    assert kept(30, checkpointing=True) < kept(30) / 5
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "llama2-13b"])
+def test_every_phase_of_the_papers_profiles_fits_the_gpu_that_they_name(name):
+    profile = load_profile(name)
+    found = gpu_bytes(profile)
+    assert {"training adapters", "training LoRA-B", "training gates", "answering"} <= set(found)
+    assert max(found.values()) < 0.8 * profile.needs.gpu_memory_gb * 1e9
+    weights = 2 * parameters(profile.model.shape)
+    assert min(found.values()) > weights
+    joint = replace(profile, gates=profile.gates | {"objective": "joint"})
+    checkpointed = replace(profile, gates=joint.gates | {"gradient_checkpointing": True})
+    phases = [gpu_bytes(p)["training gates"] for p in (profile, checkpointed, joint)]
+    assert phases == sorted(phases) and phases[0] < phases[2]
+
+
+def test_a_profile_without_a_shape_is_not_reckoned():
+    assert gpu_bytes(load_profile("laptop")) == {}
