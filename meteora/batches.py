@@ -134,12 +134,16 @@ def by_task(samples: Iterable[Sample]) -> dict[int, list[Sample]]:
 
 
 def balanced_steps(
-    groups: Mapping[int, Sequence[Sample]], per_task: int, steps: int, seed: int
+    groups: Mapping[int, Sequence[Sample]], per_task: int, steps: int, seed: int, mixed: int | None = None
 ) -> Iterator[list[Sample]]:
-    """Yield ``steps`` lists with ``per_task`` samples of every task; each task goes round in its own shuffled order."""
-    streams = [_shuffled_forever(samples, seed * 100_003 + task) for task, samples in groups.items()]
+    """Yield ``steps`` lists with ``per_task`` samples of every task; each task goes round in its own shuffled order.
+
+    Of the samples of several tasks a list has ``mixed``, or as many as of a task.
+    """
+    streams = {task: _shuffled_forever(samples, seed * 100_003 + task) for task, samples in groups.items()}
+    counts = {task: per_task if task != MIXED or mixed is None else mixed for task in groups}
     for _ in range(steps):
-        yield [next(stream) for stream in streams for _ in range(per_task)]
+        yield [next(stream) for task, stream in streams.items() for _ in range(counts[task])]
 
 
 def _shuffled_forever(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:

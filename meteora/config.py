@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 BACKENDS = ("auto", "loop", "bmm", "dense", "triton")
 OBJECTIVES = ("joint", "gate")
+BALANCES = ("token", "sample")
 
 
 def check_temperature(temperature: float) -> float:
@@ -118,17 +119,26 @@ class GateTrainingConfig(TrainingConfig):
             every gate's own cross-entropy on detached inputs: no backward pass through the base model, and memory of
             a forward pass.
         beta: weight of the gate cross-entropy in ``joint``. The authors' code ends at 50.
+        balance: what counts alike in the gate cross-entropy: every ``token`` (the paper's, in which tasks with long
+            prompts prevail), or every ``sample``.
+        mixed_per_step: rows of several tasks in one step; ``None``: as many as of each task.
         gradient_checkpointing: recompute activations in ``joint``'s backward pass; has no effect on ``gate``.
     """
 
     objective: str = "joint"
     beta: float = 1.0
+    balance: str = "token"
+    mixed_per_step: int | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        if self.balance not in BALANCES:
+            raise ValueError(f"unknown balance {self.balance!r}; choose one of {', '.join(BALANCES)}.")
+        if self.mixed_per_step is not None:
+            _check_count("mixed_per_step", self.mixed_per_step)
         _check_rate("beta", self.beta, high=1e6)
 
 

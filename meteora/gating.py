@@ -39,12 +39,12 @@ def forced(adapters: Tensor) -> Routing:
     return Routing(indices, torch.ones(indices.shape, dtype=torch.float32, device=indices.device))
 
 
-def gate_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy and number of right choices of one gate over the tokens where ``mask`` (T,) is true.
+def gate_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of one gate, and its right choices, each summed over the tokens with their weights.
 
     Args:
-        logits: (T, N) float32.  labels: (T,) int64, the index of the right adapter.  mask: (T,) bool, false at pads.
+        logits: (T, N) float32.  labels: (T,) int64, the index of the right adapter.  weights: (T,) float32, 0 at pads.
     """
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    correct = (logits.detach().argmax(-1) == labels) & mask
-    return (losses * mask).sum(), correct.sum()
+    correct = logits.detach().argmax(-1) == labels
+    return (losses * weights).sum(), (correct * weights).sum()

@@ -34,7 +34,8 @@ def train_gates(
     """Train the gates; base model and adapters stay frozen.
 
     ``joint`` minimises L_LM + beta * L_gate, L_LM over the responses and L_gate the mean cross-entropy of every gate at
-    every token that is no padding, against its task's own adapter. ``gate`` minimises L_gate alone, every gate on its
+    every token that is no padding, against its task's own adapter (``balance`` says what counts alike in that mean).
+    ``gate`` minimises L_gate alone, every gate on its
     own detached inputs: each is then a logistic regression, whose gradient is written down at once, and nothing is kept
     for a backward pass. The gates choose freely meanwhile, as they will in use. Forcing the right adapter gives inputs
     that are easier to tell apart than those the trained model sees: a higher gate accuracy, and fewer right answers.
@@ -42,7 +43,7 @@ def train_gates(
     Args:
         dataset: rows {prompt, response, task}, task being one of ``model.adapter_names``; or {turns: [such rows]} for
             several tasks in one context, where every token's right adapter is that of its own turn. Each step draws
-            as many rows of several tasks as of each task.
+            ``mixed_per_step`` of these.
         output_dir: where the model is saved at the end; an interrupted call with the same arguments goes on from there.
 
     Returns:
@@ -54,17 +55,20 @@ def train_gates(
         check_free_for_checkpoint(output_dir)
     samples = encode(dataset, {n: i for i, n in enumerate(model.adapter_names)}, tokenizer, config.max_length)
     _forget_prototypes(model)
-    run = TrainingRun(model, by_task(samples), config, tokenizer, output_dir)
+    run = TrainingRun(
+        model, by_task(samples), config, tokenizer, output_dir, mixed_per_step=config.mixed_per_step
+    )
     gates = [layer.gate.weight for layer in model.layers.values()]
     optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay)
     forward = _forward_local if config.objective == "gate" else _forward_joint
 
     def step(batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
-        decisions = len(gates) * sum(len(sample.ids) for sample in drawn)
+        tokens = sum(len(sample.ids) for sample in drawn)
         responses = sum(sample.response_tokens for sample in drawn)
         totals = torch.zeros(3, device=run.device)
         for batch in batches:
-            totals += forward(model, batch, config, decisions, responses)
+            weights = _token_weights(batch, config, tokens, len(drawn)) / len(gates)
+            totals += forward(model, batch, config, weights, responses)
         lm_loss, gate_loss, accuracy = run.sum_over_processes(gates, totals).tolist()
         nn.utils.clip_grad_norm_(gates, config.max_grad_norm)
         if config.objective == "gate":
@@ -91,56 +95,62 @@ def _forget_prototypes(model: MeteoraModel) -> None:
             layer.gate.weight.zero_()
 
 
+def _token_weights(batch: Batch, config: GateTrainingConfig, tokens: int, samples: int) -> Tensor:
+    """(B, S): how much each token counts in the step's mean; 0 at pads, 1 in all over the step's batches."""
+    real = batch.attention_mask.float()
+    if config.balance == "sample":
+        return real / real.sum(1, keepdim=True) * (batch.weight / samples)
+    return real * (batch.weight / tokens)
+
+
 class _GateLoss:
     """Called by every layer with its inputs and logits: sums the gates' cross-entropy over one batch.
 
-    With ``scale`` given, the gradient of ``scale`` times the sum is added to every gate at once, on detached inputs.
+    With ``local``, its gradient is added to every gate at once, on detached inputs.
     """
 
-    def __init__(self, batch: Batch, scale: float | None) -> None:
-        self.mask = batch.attention_mask.flatten().bool()
+    def __init__(self, batch: Batch, weights: Tensor, *, local: bool) -> None:
+        self.weights = weights.flatten()
         self.labels = batch.token_tasks.flatten()
-        self.scale = scale
-        self.loss = torch.zeros((), device=self.mask.device)
-        self.correct = torch.zeros((), device=self.mask.device)
+        self.local = local
+        self.loss = torch.zeros((), device=weights.device)
+        self.correct = torch.zeros((), device=weights.device)
         self.closed = False
 
     def __call__(self, layer: MeteoraLinear, x: Tensor, logits: Tensor) -> None:
         device = logits.device  # the layers of one model may lie on several
-        labels, mask = self.labels.to(device), self.mask.to(device)
-        loss, correct = gate_cross_entropy(logits, labels, mask)
+        labels, weights = self.labels.to(device), self.weights.to(device)
+        loss, correct = gate_cross_entropy(logits, labels, weights)
         if self.closed:
             return  # gradient checkpointing runs the layers again, and must find the same operations
         self.loss = self.loss + loss.to(self.loss.device)
         self.correct += correct.to(self.loss.device)
-        if self.scale is not None:
+        if self.local:
             error = torch.softmax(logits, dim=-1)  # d loss / d logits = softmax - one-hot
             error[torch.arange(len(error), device=device), labels] -= 1
-            gradient = (error * (mask * self.scale).unsqueeze(-1)).t() @ x.float()
+            gradient = (error * weights.unsqueeze(-1)).t() @ x.float()
             weight = layer.gate.weight
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 def _forward_local(
-    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, decisions: int, responses: int
+    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, weights: Tensor, responses: int
 ) -> Tensor:
-    share = batch.weight / decisions
-    loss = _GateLoss(batch, scale=share)
+    loss = _GateLoss(batch, weights, local=True)
     with torch.no_grad(), _observed(model, loss):
         _backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct]) * share
+    return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct])
 
 
 def _forward_joint(
-    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, decisions: int, responses: int
+    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, weights: Tensor, responses: int
 ) -> Tensor:
-    loss = _GateLoss(batch, scale=None)
+    loss = _GateLoss(batch, weights, local=False)
     with _observed(model, loss):
         lm_loss = response_losses(model, batch).sum() * (batch.weight / responses)
-        gate_loss = loss.loss * (batch.weight / decisions)
         loss.closed = True
-        (lm_loss + config.beta * gate_loss).backward()
-    return torch.stack([lm_loss.detach(), gate_loss.detach(), loss.correct * (batch.weight / decisions)])
+        (lm_loss + config.beta * loss.loss).backward()
+    return torch.stack([lm_loss.detach(), loss.loss.detach(), loss.correct])
 
 
 def _backbone(model: MeteoraModel) -> nn.Module:

@@ -37,6 +37,7 @@ class TrainingRun:
     Args:
         groups: task -> its samples.
         held_out: likewise, what the run is evaluated on.
+        mixed_per_step: samples of several tasks in a step, see `batches.balanced_steps`.
         output_dir: an interrupted run with the same arguments goes on from the state it left beside that directory.
     """
 
@@ -49,11 +50,13 @@ class TrainingRun:
         output_dir: str | Path | None,
         *,
         held_out: Mapping[int, Sequence[Sample]] | None = None,
+        mixed_per_step: int | None = None,
     ) -> None:
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
         self.config = config
         self.groups = groups
+        self.mixed_per_step = mixed_per_step
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         longest = max(len(samples) for samples in groups.values())
         self.steps = config.max_steps or max(1, math.ceil(config.epochs * longest / config.samples_per_step))
@@ -88,7 +91,7 @@ class TrainingRun:
         history: list[dict] = []
         first = self._resume(optimizer, scheduler, parameters, extra or {}, history)
         last_save = time.monotonic()
-        drawn = balanced_steps(self.groups, config.samples_per_step, self.steps, config.seed)
+        drawn = balanced_steps(self.groups, config.samples_per_step, self.steps, config.seed, self.mixed_per_step)
         bar = tqdm(drawn, total=self.steps, desc=name, disable=not self.accelerator.is_main_process)
         for number, samples in enumerate(bar, start=1):
             if number <= first:

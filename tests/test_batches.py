@@ -75,6 +75,16 @@ def test_every_step_is_balanced_and_every_task_goes_round(core):
     assert steps == list(balanced_steps(groups, 2, 15, seed=1)) != list(balanced_steps(groups, 2, 15, seed=2))
 
 
+def test_as_many_samples_of_several_tasks_as_wanted(core):
+    rows = core.rows(count=3)
+    groups = by_task(encoded(core, rows + [{"turns": [rows[0], rows[-1]]}, {"turns": [rows[-1], rows[0]]}]))
+    counts = lambda *mixed: [  # noqa: E731
+        [[sample.task for sample in step].count(task) for task in (MIXED, 0, 1)]
+        for step in balanced_steps(groups, 2, 3, 0, *mixed)
+    ]
+    assert counts() == counts(None) == [[2, 2, 2]] * 3 and counts(5) == [[5, 2, 2]] * 3
+
+
 @pytest.mark.parametrize("max_tokens", [1, 20, 50, 10_000])
 def test_micro_batches_hold_every_sample_once_and_fit(core, max_tokens):
     samples = encoded(core, core.rows(count=9))

@@ -59,10 +59,10 @@ def test_forced_is_one_adapter_of_weight_1():
     assert routing.weights.tolist() == [[1.0]] * 3 and routing.weights.dtype == torch.float32
 
 
-def test_gate_cross_entropy_counts_only_what_the_mask_lets_through():
+def test_gate_cross_entropy_counts_tokens_by_their_weights():
     logits = torch.tensor([[2.0, 0.0], [0.0, 5.0], [9.0, 0.0]])
-    labels, mask = torch.tensor([0, 0, 0]), torch.tensor([True, True, False])
-    loss, correct = gate_cross_entropy(logits, labels, mask)
-    expected = -torch.log_softmax(logits, -1)[:2, 0].sum()
+    labels, weights = torch.tensor([0, 0, 0]), torch.tensor([0.5, 2.0, 0.0])
+    loss, correct = gate_cross_entropy(logits, labels, weights)
+    expected = -(torch.log_softmax(logits, -1)[:, 0] * weights).sum()
     torch.testing.assert_close(loss, expected)
-    assert correct == 1
+    assert correct == 0.5

@@ -9,7 +9,7 @@ import torch
 
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates, training_loop
 from meteora.batches import collate, encode
-from meteora.training import _forward_joint, _forward_local
+from meteora.training import _forward_joint, _forward_local, _token_weights
 
 CPU = torch.device("cpu")
 KEYS = ["step", "loss", "lm_loss", "gate_loss", "gate_accuracy"]
@@ -63,7 +63,8 @@ def test_joint_is_the_loss_written_out(core, make, top_k):
     model, reference = make(top_k=top_k), make(top_k=top_k)
     batch, tokens, responses = batch_of(core)
     config = GateTrainingConfig(beta=3.0)
-    parts = _forward_joint(model, batch, config, tokens * len(model.layers), responses)
+    weights = _token_weights(batch, config, tokens, len(batch.tasks)) / len(model.layers)
+    parts = _forward_joint(model, batch, config, weights, responses)
     expected = written_out(reference, batch, 3.0)
     torch.testing.assert_close(parts, torch.stack([p.detach() for p in expected[1:]]), rtol=1e-4, atol=1e-5)
     expected[0].backward()
@@ -74,24 +75,29 @@ def test_joint_is_the_loss_written_out(core, make, top_k):
         )
 
 
-def test_the_local_gradient_is_autograds(core, make):
+@pytest.mark.parametrize("balance", ["token", "sample"])
+def test_the_local_gradient_is_autograds(core, make, balance):
     model = make()
-    batch, tokens, responses = batch_of(core)
-    decisions = tokens * len(model.layers)
-    _, loss, accuracy = _forward_local(model, batch, GateTrainingConfig(), decisions, responses)
+    batch, tokens, responses = batch_of(core, [{"task": "one", "prompt": "abcdefgh", "response": "x"}, *core.rows(count=1)])
+    config = GateTrainingConfig(balance=balance)
+    weights = _token_weights(batch, config, tokens, len(batch.tasks)) / len(model.layers)
+    _, loss, accuracy = _forward_local(model, batch, config, weights, responses)
     found = {name: layer.gate.weight.grad for name, layer in model.layers.items()}
     inputs = {}
     for name, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
     model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    real = batch.attention_mask.bool()
-    labels = batch.token_tasks[real]
-    total = torch.zeros(())
+    means = []
     for name, layer in model.layers.items():
         layer.gate.weight.grad = None
-        total = total + torch.nn.functional.cross_entropy(layer.gate(inputs[name])[real], labels, reduction="sum")
-    (total / decisions).backward()
-    torch.testing.assert_close(loss, (total / decisions).detach())
+        rows = []  # each sample's losses
+        for logits, real, labels in zip(layer.gate(inputs[name]), batch.attention_mask.bool(), batch.token_tasks):
+            rows.append(torch.nn.functional.cross_entropy(logits[real], labels[real], reduction="none"))
+        assert len({len(row) for row in rows}) > 1
+        means.append(torch.cat(rows).mean() if balance == "token" else torch.stack([row.mean() for row in rows]).mean())
+    expected = torch.stack(means).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
     for name, layer in model.layers.items():
         torch.testing.assert_close(found[name], layer.gate.weight.grad, rtol=1e-4, atol=1e-6)
     assert 0 <= accuracy <= 1
@@ -206,6 +212,20 @@ def test_a_full_output_directory_is_refused_before_the_work(core, make, tmp_path
     monkeypatch.setattr(training_loop.TrainingRun, "loop", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(FileExistsError, match="something else than a checkpoint"):
         run(make(), core, tmp_path)
+
+
+def test_what_counts_alike_and_how_many_mixed_rows_decide(core, make):
+    rows = core.rows(count=4)
+    long = {"task": "one", "prompt": "abcdefghijkl", "response": "x"}
+    rows += [long, {"turns": [rows[0], rows[-1]]}, {"turns": [long, rows[-1]]}]
+    config = {"objective": "gate", "max_steps": 2, "samples_per_step": 4, "learning_rate": 0.01}
+
+    def losses(**changes):
+        history = train_gates(make(), rows, GateTrainingConfig(**config, **changes), tokenizer=core.Tokenizer())
+        return [row["gate_loss"] for row in history]
+
+    found = [losses(), losses(mixed_per_step=4), losses(mixed_per_step=9), losses(balance="sample")]
+    assert found[0] == found[1] and len({tuple(f) for f in found}) == 3
 
 
 def test_the_seed_decides(core, make):

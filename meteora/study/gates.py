@@ -30,7 +30,7 @@ def training_tokens(
     """How many tokens ``train_gates`` shows the gates in ``steps`` steps, prompts included and pads left out."""
     ids = {name: n for n, name in enumerate(model.adapter_names)}
     groups = by_task(encode(dataset, ids, tokenizer, config.max_length))
-    drawn = balanced_steps(groups, config.samples_per_step, steps, config.seed)
+    drawn = balanced_steps(groups, config.samples_per_step, steps, config.seed, config.mixed_per_step)
     return sum(len(sample.ids) for samples in drawn for sample in samples)
 
 
