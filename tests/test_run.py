@@ -214,6 +214,10 @@ def test_a_stage_about_a_section_that_a_profile_lacks_is_no_part_of_its_run(stud
     study.write("07")
     assert "the run of 06_ablations" in study.records.inputs(STAGES["07"])
     assert "the run of 06_ablations" not in records.inputs(STAGES["07"])
+    told = io.StringIO()
+    stages = select_stages(None, None, study.notebooks, without)
+    run_study(workspace, stages, profile_source="smoke", notebooks=study.notebooks, out=told)
+    assert "07_report: running" in told.getvalue() and "06_ablations is not up to date" not in told.getvalue()
     (study.notebooks / "07_report.ipynb").unlink()
     # --fresh of a whole run forgets everything, though the folder holds one notebook more
     stray = workspace.artifacts / "stray"

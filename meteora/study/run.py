@@ -92,7 +92,7 @@ def run_study(
                 seconds[stage.notebook] = None
                 continue
             print(f"{head}: running, as {reason}", file=out, flush=True)
-            for earlier in existing_stages(notebooks):
+            for earlier in existing_stages(notebooks, workspace.profile):
                 if earlier.number in stage.needs and earlier not in stages and records.why_run(earlier) is not None:
                     print(f"  note: {earlier.notebook} is not up to date and not part of this run", file=out)
             seconds[stage.notebook] = _run_stage(stage, workspace, records, profile_source)
