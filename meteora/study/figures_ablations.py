@@ -187,7 +187,7 @@ def formats_curves(ablations: pd.DataFrame) -> Figure:
     """Correct answers by size of the composite: training on single questions (hollow), and on composites too (filled)."""
     frame = _of(ablations, "formats", "correct")
     protocols, variants = (list(dict.fromkeys(frame[column])) for column in ("protocol", "variant"))
-    figure = plt.figure(figsize=(0.8 + 2.9 * len(protocols), 3.4), layout="constrained")
+    figure = plt.figure(figsize=(0.8 + 2.9 * len(protocols), 4.4), layout="constrained")
     panels = figure.subplots(1, len(protocols), squeeze=False, sharey=True)[0]
     for axes, protocol in zip(panels, protocols):
         for method in in_order(frame["method"]):
@@ -196,13 +196,15 @@ def formats_curves(ablations: pd.DataFrame) -> Figure:
                 part = frame[
                     (frame["protocol"] == protocol) & (frame["method"] == method) & (frame["variant"] == variant)
                 ].sort_values("composite")
+                if part.empty:
+                    continue  # a line without points would count as one in the figure's corner
                 axes.plot(
                     part["composite"], part["value"] / part["composite"], color=color, marker=marker, linestyle=line,
                     markerfacecolor=face, label=f"{label(method)}, {variant}", clip_on=False,
                 )  # fmt: skip
         axes.set(title=protocol, xlabel="problems in the composite", ylim=(0, 1))
         axes.set_xticks(sorted(frame["composite"].unique()))
-    panels[0].set_ylabel("share of the answers that are correct")
+    panels[0].set_ylabel("share of correct answers")
     _one_legend(figure, panels, columns=2)
     return figure
 
