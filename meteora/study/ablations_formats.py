@@ -45,7 +45,7 @@ def formats_study(ablations: Ablations) -> Iterator[Variant]:
         return _measure(ablations, methods, tasks, "own questions and composites")
 
     yield Variant("own questions", shared, as_trained)
-    trained = [dataclasses.asdict(settings), dataclasses.asdict(profile.adapters), profile.gates, profile.data.transcripts]
+    trained = [*map(dataclasses.asdict, (settings, profile.adapters)), profile.gates, profile.data.transcripts]
     yield Variant("own questions and composites", {**shared, "trained": trained}, with_composites)
 
 
@@ -96,9 +96,8 @@ def _measure(ablations: Ablations, methods: Mapping[str, Method], tasks: Sequenc
     valid = {task: ablations.valid[task] for task in tasks}
     rows = ablations.accuracy_rows(ablations.answer(methods, valid, "formats", name), against=None)
     for chosen in composite.sizes.values():
-        items = build_composites(
-            ablations.workspace.data, chosen, ablations.settings.composite_items, shots=composite.shots, seed=profile.seed
-        )
+        count = ablations.settings.composite_items
+        items = build_composites(ablations.workspace.data, chosen, count, shots=composite.shots, seed=profile.seed)
         for protocol in composite.protocols:
             able = {method: m for method, m in methods.items() if can_run(m, protocol)}
             found = predict_composite(

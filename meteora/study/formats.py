@@ -1,8 +1,8 @@
 """Composite prompts to train on, since adapters that only ever answered one question stop after one answer.
 
-A text is a composite problem of training examples with its solved examples and its numbered answers. It trains an adapter
-of each of its tasks, on its own answer and on what leads to the next one; and gates, the right adapter changing from
-question to question and from answer to answer.
+A text is a composite problem of training examples with its solved examples and its numbered answers. It trains an
+adapter of each of its tasks, on its own answer and on what leads to the next one; and gates, the right adapter changing
+from question to question and from answer to answer.
 """
 
 from __future__ import annotations
