@@ -128,6 +128,11 @@ class Ablations:
         return self.study.answer_limits(cap=self.profile.evaluation.max_new_tokens)
 
     @cached_property
+    def composite_limits(self) -> dict[str, int]:
+        """Likewise of an answer in a composite."""
+        return self.study.answer_limits(cap=self.profile.composite.max_new_tokens_per_answer)
+
+    @cached_property
     def reference(self) -> Accuracies:
         """Accuracies of the unchanged methods on the validation examples, to compare variants with sample by sample."""
         return self.answer(self.study.methods, self.valid, "reference")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from data_prep.composite import build_composites
+from data_prep.composite import CompositeItem, build_composites
 from meteora.study.ablations import Ablations, Variant
-from meteora.study.composite import CompositePredictions, can_run, composite_rows, predict_composite
+from meteora.study.baselines import Method
+from meteora.study.composite import can_run, composite_rows, predict_composite
 from meteora.study.measures import Row
 from meteora.study.opening import open_study
 
@@ -22,15 +24,9 @@ def shots_study(ablations: Ablations) -> Iterator[Variant]:
         def produce(shots: int = shots) -> list[Row]:
             seed = ablations.profile.seed
             items = build_composites(ablations.workspace.data, tasks, count, shots=shots, seed=seed)
-            rows = []
-            for protocol in protocols:
-                found = predict_composite(
-                    {name: ablations.study.methods[name] for name in names}, items, protocol,
-                    tokenizer=ablations.study.tokenizer, limits=composite_limits(ablations), batch_size=composite.batch_size,
-                    predictions_dir=ablations.workspace.predictions / "ablations" / f"{shots}-shot",
-                )  # fmt: skip
-                rows += totals(composite_rows(items, protocol, found, shots=shots))
-            return rows
+            methods = {name: ablations.study.methods[name] for name in names}
+            folder = ablations.workspace.predictions / "ablations" / f"{shots}-shot"
+            return answer_composites(ablations, methods, items, protocols, folder, shots=shots)
 
         yield Variant(f"{shots}-shot", {"composite": composite_settings(ablations), "items": count}, produce)
 
@@ -42,21 +38,7 @@ def composites_study(ablations: Ablations) -> Iterator[Variant]:
 
         def produce(name: str = name) -> list[Row]:
             study = open_study(ablations.workspace, [name], device=ablations.device)
-            rows = []
-            for size, tasks in composite.sizes.items():
-                items = build_composites(
-                    ablations.workspace.data, tasks, composite.items, shots=composite.shots, seed=ablations.profile.seed
-                )
-                for protocol in composite.protocols:
-                    if not can_run(study.methods[name], protocol):
-                        continue
-                    found: CompositePredictions = predict_composite(
-                        study.methods, items, protocol, tokenizer=study.tokenizer, limits=composite_limits(ablations),
-                        predictions_dir=ablations.workspace.predictions, batch_size=composite.batch_size,
-                        tokens_per_batch=ablations.profile.evaluation.tokens_per_batch,
-                    )  # fmt: skip
-                    rows += totals(composite_rows(items, protocol, found, shots=composite.shots))
-            return rows
+            return answer_all_composites(ablations, study.methods, composite.items, ablations.workspace.predictions)
 
         yield Variant(name, {"composite": composite_settings(ablations), "xlora": ablations.profile.xlora}, produce)
 
@@ -68,12 +50,37 @@ def composite_settings(ablations: Ablations) -> list:
     return [sizes, composite.items, composite.shots, composite.protocols, composite.max_new_tokens_per_answer]
 
 
-def composite_limits(ablations: Ablations) -> dict[str, int]:
-    """Task -> most new tokens of its answer in a composite."""
-    return ablations.study.answer_limits(cap=ablations.profile.composite.max_new_tokens_per_answer)
+def answer_all_composites(ablations: Ablations, methods: Mapping[str, Method], count: int, folder: Path) -> list[Row]:
+    """Rows of ``count`` composites of every size, in notebook 04's protocols and with its shots."""
+    composite, rows = ablations.profile.composite, []
+    for tasks in composite.sizes.values():
+        items = build_composites(
+            ablations.workspace.data, tasks, count, shots=composite.shots, seed=ablations.profile.seed
+        )
+        rows += answer_composites(ablations, methods, items, composite.protocols, folder, shots=composite.shots)
+    return rows
 
 
-def totals(rows: Sequence[Row]) -> list[Row]:
+def answer_composites(
+    ablations: Ablations, methods: Mapping[str, Method], items: Sequence[CompositeItem], protocols: Sequence[str],
+    folder: Path, *, shots: int,
+) -> list[Row]:  # fmt: skip
+    """Rows of the items' answers in these protocols, by the methods that can run there; kept in ``folder``."""
+    rows = []
+    for protocol in protocols:
+        able = {name: method for name, method in methods.items() if can_run(method, protocol)}
+        if not able:
+            continue
+        found = predict_composite(
+            able, items, protocol, tokenizer=ablations.study.tokenizer, limits=ablations.composite_limits,
+            predictions_dir=folder, batch_size=ablations.profile.composite.batch_size,
+            tokens_per_batch=ablations.profile.evaluation.tokens_per_batch,
+        )  # fmt: skip
+        rows += _totals(composite_rows(items, protocol, found, shots=shots))
+    return rows
+
+
+def _totals(rows: Sequence[Row]) -> list[Row]:
     """Of the rows of `composite.csv`, those over all sub-tasks, in the columns of `ablations.csv`."""
     return [
         {("task" if key == "subtask" else key): value for key, value in row.items()} | {"split": "test"}

@@ -10,15 +10,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.composite import build_composites
 from data_prep.prepare import load_split
 from meteora import AdapterTrainingConfig, MeteoraModel, train_adapters, train_gates
 from meteora.adapters import adapter_directory
 from meteora.study.ablation_settings import FormatStudy
 from meteora.study.ablations import Ablations, Variant
-from meteora.study.ablations_composites import composite_limits, composite_settings, totals
+from meteora.study.ablations_composites import answer_all_composites, composite_settings
 from meteora.study.baselines import Method, build_methods, share_weights
-from meteora.study.composite import can_run, composite_rows, predict_composite
 from meteora.study.formats import adapter_rows, composite_texts, gate_row
 from meteora.study.measures import Example, Row
 from meteora.study.transcripts import gate_examples
@@ -92,21 +90,10 @@ def _train(ablations: Ablations, tasks: Sequence[str]) -> tuple[MeteoraModel, Me
 
 
 def _measure(ablations: Ablations, methods: Mapping[str, Method], tasks: Sequence[str], name: str) -> list[Row]:
-    composite, profile = ablations.profile.composite, ablations.profile
     valid = {task: ablations.valid[task] for task in tasks}
     rows = ablations.accuracy_rows(ablations.answer(methods, valid, "formats", name), against=None)
-    for chosen in composite.sizes.values():
-        count = ablations.settings.composite_items
-        items = build_composites(ablations.workspace.data, chosen, count, shots=composite.shots, seed=profile.seed)
-        for protocol in composite.protocols:
-            able = {method: m for method, m in methods.items() if can_run(m, protocol)}
-            found = predict_composite(
-                able, items, protocol, tokenizer=ablations.study.tokenizer, limits=composite_limits(ablations),
-                predictions_dir=ablations.workspace.predictions / "ablations" / "formats" / name.replace(" ", "_"),
-                batch_size=composite.batch_size, tokens_per_batch=profile.evaluation.tokens_per_batch,
-            )  # fmt: skip
-            rows += totals(composite_rows(items, protocol, found, shots=composite.shots))
-    return rows
+    folder = ablations.workspace.predictions / "ablations" / "formats" / name.replace(" ", "_")
+    return rows + answer_all_composites(ablations, methods, ablations.settings.composite_items, folder)
 
 
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {"formats": formats_study}

@@ -24,10 +24,7 @@ def gates_study(ablations: Ablations) -> Iterator[Variant]:
         def produce(name: str = name, options: Mapping[str, Any] = options) -> list[Row]:
             config = ablations.profile.gate_config(**options)
             found = ablations.trained(f"gates {name}", ablations.model_with(ablations.tasks), config)
-            methods = methods_of(found.model, "meteora_top1", "meteora_top2")
-            answers = ablations.answer(methods, ablations.valid, "gates", name)
-            rows = ablations.accuracy_rows(answers, adapters=len(ablations.tasks))
-            return rows + ablations.gate_rows(found.model, adapters=len(ablations.tasks)) + _cost(found)
+            return _of_gates(ablations, found.model, "gates", name) + _cost(found)
 
         yield Variant(name, {**ablations.profile.gates, **options}, produce)
 
@@ -40,10 +37,7 @@ def arrow_study(ablations: Ablations) -> Iterator[Variant]:
     def produce() -> list[Row]:
         base = share_weights(ablations.study.plain)
         model = MeteoraModel.from_adapters(base, ablations.study.adapters, gates="arrow").eval()
-        methods = methods_of(model, "meteora_top1", "meteora_top2")
-        answers = ablations.answer(methods, ablations.valid, "arrow gates")
-        rows = ablations.accuracy_rows(answers, adapters=len(ablations.tasks))
-        return rows + ablations.gate_rows(model, adapters=len(ablations.tasks))
+        return _of_gates(ablations, model, "arrow gates")
 
     yield Variant("prototypes, nothing trained", {}, produce)
 
@@ -55,10 +49,7 @@ def prompts_study(ablations: Ablations) -> Iterator[Variant]:
         def produce(count: int = count) -> list[Row]:
             model = ablations.model_with(ablations.tasks)
             found = ablations.trained(f"{count} prompts", model, ablations.profile.gate_config(), prompts=count)
-            methods = methods_of(found.model, "meteora_top1", "meteora_top2")
-            answers = ablations.answer(methods, ablations.valid, "prompts", str(count))
-            rows = ablations.accuracy_rows(answers, adapters=len(ablations.tasks), prompts=count)
-            return rows + ablations.gate_rows(found.model, adapters=len(ablations.tasks), prompts=count) + _cost(found)
+            return _of_gates(ablations, found.model, "prompts", str(count), prompts=count) + _cost(found)
 
         yield Variant(f"{count} prompts a task", {"gates": ablations.profile.gates}, produce)
 
@@ -70,6 +61,13 @@ def prompts_study(ablations: Ablations) -> Iterator[Variant]:
 
     if ablations.settings.prompts:
         yield Variant("all prompts", {}, all_prompts)
+
+
+def _of_gates(ablations: Ablations, model: MeteoraModel, *names: str, **setting: Any) -> list[Row]:
+    """Accuracy of a model of all adapters, whose gates choose one and two, and the gates' own; answers as `answer`."""
+    common = {"adapters": len(ablations.tasks), **setting}
+    answers = ablations.answer(methods_of(model, "meteora_top1", "meteora_top2"), ablations.valid, *names)
+    return ablations.accuracy_rows(answers, **common) + ablations.gate_rows(model, **common)
 
 
 def _cost(found: TrainedGates) -> list[Row]:

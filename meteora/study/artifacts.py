@@ -232,20 +232,21 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def peak_memory(workspace: Workspace, stage: str, device: torch.device) -> str:
-    """The most memory that this process has held so far, in words; kept for the manifest as that of a stage.
-
-    On a GPU what torch had allocated there, else what the process occupied in the machine's memory.
-    """
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was held so far: on a GPU what torch had allocated there, else what the process occupied."""
     import resource
 
     import torch
 
     if device.type == "cuda":
-        kind, peak = "GPU", torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if platform.system() == "Darwin" else 1024
-        kind, peak = "main", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_memory(workspace: Workspace, stage: str, device: torch.device) -> str:
+    """`peak_bytes` in words; kept for the manifest as that of a stage."""
+    kind, peak = "GPU" if device.type == "cuda" else "main", peak_bytes(device)
     write_json(workspace.artifacts / "stages" / f"{stage}.peak.json", {"memory": kind, "bytes": peak})
     return f"peak of {kind} memory: {peak / 1e9:.1f} GB"
 

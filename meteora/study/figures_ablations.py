@@ -86,17 +86,9 @@ def accuracy_over_adapters(ablations: pd.DataFrame) -> Figure:
     frame = _of(ablations, "adapters")
     figure = plt.figure(figsize=(7.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    common = frame[(frame["metric"] == "accuracy") & (frame["task"] == "COMMON")]
-    for method in in_order(common["method"]):
-        part = common[common["method"] == method].sort_values("adapters")
-        color, marker, line = style_of(_STYLES, method)
-        left.plot(part["adapters"], part["value"], color=color, marker=marker, linestyle=line, label=label(method))
-        left.fill_between(part["adapters"].astype(float), part["low"], part["high"], color=color, alpha=0.12)
+    _mean_lines(left, frame[frame["task"] == "COMMON"], "adapters")
     left.set(title="tasks that all models have", xlabel="adapters in the model", ylabel="mean accuracy", ylim=(0, None))
-    for metric, marker, line in (("gate_accuracy", "o", "-"), ("majority_accuracy", "s", "--")):
-        part = frame[frame["metric"] == metric].sort_values("adapters")
-        text = "single gates" if metric == "gate_accuracy" else "majority of a token's gates"
-        right.plot(part["adapters"], part["value"], color=BLUE, marker=marker, linestyle=line, label=text)
+    _gate_lines(right, frame, "adapters")
     counts = np.array(sorted(frame["adapters"].dropna().unique()), dtype=float)
     right.plot(counts, 1 / counts, color="#888888", linestyle=":", label="guessing")
     right.set(title="right adapter first", xlabel="adapters in the model", ylabel="share of tokens", ylim=(0, 1.02))
@@ -112,21 +104,13 @@ def accuracy_over_prompts(ablations: pd.DataFrame) -> Figure:
     frame = _of(ablations, "prompts")
     figure = plt.figure(figsize=(7.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    means = frame[(frame["metric"] == "accuracy") & (frame["task"] == "ALL")]
-    for method in in_order(means["method"]):
-        part = means[means["method"] == method].sort_values("prompts")
-        color, marker, line = style_of(_STYLES, method)
-        left.plot(part["prompts"], part["value"], color=color, marker=marker, linestyle=line, label=label(method))
-        left.fill_between(part["prompts"].astype(float), part["low"], part["high"], color=color, alpha=0.12)
+    _mean_lines(left, frame[frame["task"] == "ALL"], "prompts")
     told = ablations.query("study == 'reference' and method == 'peft' and metric == 'accuracy' and task == 'ALL'")
     if len(told):
         color, _, line = style_of(_STYLES, "peft")
         left.axhline(told["value"].iloc[0], color=color, linestyle=line, linewidth=1.1, label=label("peft"))
     left.set(title="all tasks", ylabel="mean accuracy", ylim=(0, None))
-    for metric, marker, line in (("gate_accuracy", "o", "-"), ("majority_accuracy", "s", "--")):
-        part = frame[frame["metric"] == metric].sort_values("prompts")
-        text = "single gates" if metric == "gate_accuracy" else "majority of a token's gates"
-        right.plot(part["prompts"], part["value"], color=BLUE, marker=marker, linestyle=line, label=text)
+    _gate_lines(right, frame, "prompts")
     right.set(title="right adapter first", ylabel="share of tokens", ylim=(0, 1.02))
     counts = sorted(frame["prompts"].dropna().unique())
     for axes in (left, right):
@@ -254,6 +238,24 @@ def _of(ablations: pd.DataFrame, study: str, metric: str | None = None) -> pd.Da
     if frame.empty:
         raise ValueError(f"ablations.csv has no rows of study {study!r}; run it first.")
     return frame
+
+
+def _mean_lines(axes: Axes, frame: pd.DataFrame, column: str) -> None:
+    """Every method's mean accuracy over ``column``, with its interval."""
+    means = frame[frame["metric"] == "accuracy"]
+    for method in in_order(means["method"]):
+        part = means[means["method"] == method].sort_values(column)
+        color, marker, line = style_of(_STYLES, method)
+        axes.plot(part[column], part["value"], color=color, marker=marker, linestyle=line, label=label(method))
+        axes.fill_between(part[column].astype(float), part["low"], part["high"], color=color, alpha=0.12)
+
+
+def _gate_lines(axes: Axes, frame: pd.DataFrame, column: str) -> None:
+    """How often single gates, and their majority, are right, over ``column``."""
+    for metric, marker, line in (("gate_accuracy", "o", "-"), ("majority_accuracy", "s", "--")):
+        part = frame[frame["metric"] == metric].sort_values(column)
+        text = "single gates" if metric == "gate_accuracy" else "majority of a token's gates"
+        axes.plot(part[column], part["value"], color=BLUE, marker=marker, linestyle=line, label=text)
 
 
 def _dots(axes: Axes, part: pd.DataFrame, variants: Sequence[str]) -> None:

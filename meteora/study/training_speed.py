@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import random
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +25,7 @@ import pandas as pd
 import torch
 
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
-from meteora.study.artifacts import ArtifactError, Workspace, set_up, write_text
+from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up, write_text
 from meteora.study.benchmark_measure import require_memory_error
 from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
 from meteora.study.model_settings import TrainingSpeed, WholeModel
@@ -127,10 +125,7 @@ def _time_training(
         hook.remove()
     per_step = (len(begins) - 1) // config.max_steps
     seconds = (begins[-1] - begins[per_step]) / (config.max_steps - 1)
-    if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated(device)
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return seconds, peak_bytes(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
