@@ -20,7 +20,7 @@ from meteora.study import figures_ablations as figures
 from meteora.study.ablation_studies import STUDIES
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
 from meteora.study.ablations_formats import training_data
-from meteora.study.ablations_gates import nested_tasks
+from meteora.study.ablations_gates import _trained_gates, nested_tasks
 from meteora.study.ablations_routing import deciding_alone
 from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
 from meteora.study.ablations_tasks import SHRINKAGE, only_rows_trained, set_row
@@ -141,6 +141,17 @@ def test_trained_gates_are_kept_by_name_and_recipe(ablations, monkeypatch):
             ablations.trained("mine", ablations.model_with(ablations.tasks[1:]), config)
         with pytest.raises(TypeError):
             ablations.trained("mine", ablations.model_with(ablations.tasks[:2]), dataclasses.replace(config, seed=9))
+
+
+def test_gates_that_come_after_others_go_on_from_them(ablations, whole, monkeypatch):
+    monkeypatch.setattr(core, "train_gates", None)  # all are kept, as the study ran
+    first, then = (_trained_gates(ablations, name).model for name in ("joint", "joint, then gate"))
+    assert set(of(whole, study="gates")["variant"]) == {"joint", "joint, then gate"}
+    dataset = gate_examples(ablations.examples("train"), ablations.profile.data.transcripts, seed=ablations.profile.seed)
+    config = ablations.profile.gate_config(objective="gate", max_steps=2)
+    train_gates(first, dataset, config, tokenizer=ablations.study.tokenizer)
+    for name, layer in first.layers.items():
+        assert torch.allclose(then.layers[name].gate.weight, layer.gate.weight, atol=1e-6)
 
 
 # What the rows say ----------------------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ def test_the_training_options_reach_the_configs(write) -> None:
         ({"ablations__held_out": ["toy_echo", "toy_parity"]}, r"ablations\.held_out must leave two tasks"),
         ({"ablations__foreign": ["toy_echo"]}, r"ablations\.foreign must name tasks that are none of the profile's"),
         ({"ablations__gates": {"mine": {"beeta": 1}}}, r"gates has no option 'beeta'"),
+        ({"ablations__gates": {"mine": {"after": "joint"}}}, r"gates\.mine comes after 'joint', which is no variant above"),
         ({"ablations__composite_methods": ["magic"]}, r"ablations\.composite_methods has no choice 'magic'"),
         ({"ablations__speed": {"adapters": [], "batch": [1], "tokens": [1]}}, r"adapters must name at least one"),
     ],

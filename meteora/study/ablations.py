@@ -166,6 +166,8 @@ class Ablations:
     ) -> TrainedGates:
         """Train the gates of ``model`` as notebook 02 does, or take those that an earlier call of that name left.
 
+        They go on from what they are; another beginning is another training.
+
         Args:
             tasks: whose examples are shown; default: those of the model's adapters.
             prompts: so many examples of each task alone, also in the contexts of several tasks.
@@ -175,7 +177,9 @@ class Ablations:
         dataset = gate_examples(train, self.profile.data.transcripts, seed=config.seed)
         path = self.folder / "gates" / f"{quote(name, safe='')}.safetensors"
         inputs = {part: self._inputs[part] for part in ("model", "data", "adapters")}
-        recipe = fingerprint([inputs, asdict(config), model.adapter_names, sorted(model.layers), list(train), prompts])
+        start = [layer.gate.weight.double().sum().item() for layer in model.layers.values()]
+        facts = [asdict(config), model.adapter_names, sorted(model.layers), list(train), prompts, start]
+        recipe = fingerprint([inputs, *facts])
         kept = _read_gates(path, recipe)
         if kept is not None:
             for module, layer in model.layers.items():

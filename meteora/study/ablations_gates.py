@@ -19,14 +19,26 @@ from meteora.study.measures import Row
 
 def gates_study(ablations: Ablations) -> Iterator[Variant]:
     """Objectives, weights and learning rates: accuracy, and what the training took."""
-    for name, options in ablations.settings.gates.items():
+    variants = ablations.settings.gates
+    for name, options in variants.items():
 
-        def produce(name: str = name, options: Mapping[str, Any] = options) -> list[Row]:
-            config = ablations.profile.gate_config(**options)
-            found = ablations.trained(f"gates {name}", ablations.model_with(ablations.tasks), config)
+        def produce(name: str = name) -> list[Row]:
+            found = _trained_gates(ablations, name)
             return _of_gates(ablations, found.model, "gates", name) + _cost(found)
 
-        yield Variant(name, {**ablations.profile.gates, **options}, produce)
+        settings, before = [ablations.profile.gates, options], options.get("after")
+        while before is not None:
+            settings.append(variants[before])
+            before = variants[before].get("after")
+        yield Variant(name, {"gates": settings}, produce)
+
+
+def _trained_gates(ablations: Ablations, name: str) -> TrainedGates:
+    """The gates of a variant; they begin at zero, or as those of the variant that it comes ``after``."""
+    options = dict(ablations.settings.gates[name])
+    before = options.pop("after", None)
+    model = ablations.model_with(ablations.tasks) if before is None else _trained_gates(ablations, before).model
+    return ablations.trained(f"gates {name}", model, ablations.profile.gate_config(**options))
 
 
 def arrow_study(ablations: Ablations) -> Iterator[Variant]:

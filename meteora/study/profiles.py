@@ -356,7 +356,7 @@ class Profile:
         if settings is None:
             return
         for options in settings.gates.values():
-            self.gate_config(**options)
+            self.gate_config(**{key: value for key, value in options.items() if key != "after"})
         one_of(METHODS, **{"ablations.composite_methods": settings.composite_methods})
         some = tuple(task for task in (settings.added_task,) if task)
         one_of(self.tasks, **{"ablations.added_task": some, "ablations.held_out": settings.held_out})
