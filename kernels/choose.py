@@ -1,9 +1,12 @@
-"""choose: each token's adapters and their weights, and how many tokens of a block each adapter has.
+"""choose: each token's adapters and their weights, and which adapters a block of tokens meets, and how often.
 
-The counts are what :mod:`meteora.kernels.sort` needs; :func:`count` gives them for a routing that is there already.
+The counts are what :mod:`meteora.kernels.sort` needs, the lists what :mod:`meteora.kernels.listed` does;
+:func:`count` gives both for a routing that is there already.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +17,28 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from meteora.kernels.launch import block, cdiv, overlap_options
 from meteora.kernels.route import largest, sort_keys
 from meteora.kernels.sort import tokens_per_block
+
+LEAST_TILE = 64  # tokens of a block, below which its adapters are not listed: their weights would be read too often
+LISTED_EACH = 2  # adapters a list has room for, for each of the k choices
+
+
+class Lists(NamedTuple):
+    """Which adapters the tokens of each block meet, where these are few: such a block is a tile of its own.
+
+    Attributes:
+        slots: (blocks,) int32, how many adapters are listed; 0 where they are too many, or none has columns.
+        adapters: (blocks, L) int32, the listed ones in ascending order, then undefined.
+        height: tokens of a block.
+    """
+
+    slots: Tensor
+    adapters: Tensor
+    height: int
+
+
+def most_listed(adapters: int, top_k: int) -> int:
+    """L, the room of a list; 0 where none is made. A run of tokens meets k adapters, a tile at its end 2 k."""
+    return LISTED_EACH * top_k if tokens_per_block(adapters) >= LEAST_TILE else 0
 
 
 def choose_ref(
@@ -32,16 +57,37 @@ def count_ref(indices: Tensor, adapters: int) -> Tensor:
     return torch.stack([chosen.sum(0) for chosen in blocks], 1).int()
 
 
+def list_ref(counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The slots and adapters of :class:`Lists` from counts (k, blocks, N), in plain torch; -1 is what is undefined."""
+    met = counts.sum(0) > 0
+    slots = met.sum(1)
+    slots = torch.where(slots <= most, slots, 0)
+    adapters = torch.full((len(slots), most), -1)
+    for own, number in enumerate(slots.tolist()):
+        adapters[own, :number] = met[own].nonzero().flatten()[:number]
+    return slots.int(), adapters.int()
+
+
 @triton.jit
 def _in_block(index, live, n):
     """How often each n occurs in ``index`` (BT,) where it is live."""
     return tl.sum(((index[:, None] == n[None, :]) & live[:, None]).to(tl.int32), 0)
 
 
+@triton.jit
+def _list(met, n, columned, own, slots_ptr, listed_ptr, MOST: tl.constexpr):
+    """Write a block's list: the adapters n that are met (BN,) more than 0 times."""
+    there = ((met > 0) & (n < columned)).to(tl.int32)
+    slots = tl.sum(there, 0)
+    slots = tl.where(slots <= MOST, slots, 0)
+    tl.store(slots_ptr + own, slots)
+    tl.store(listed_ptr + own * MOST + tl.cumsum(there, 0) - 1, n, mask=(there > 0) & (slots > 0))
+
+
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _choose(
-    p_ptr, index_ptr, weight_ptr, count_ptr, T, N, C, columned, blocks, inverse_temperature,
-    SPLITS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
+    p_ptr, index_ptr, weight_ptr, count_ptr, slots_ptr, listed_ptr, T, N, C, columned, blocks, inverse_temperature,
+    MOST: tl.constexpr, SPLITS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -65,23 +111,37 @@ def _choose(
     total = tl.zeros((BT,), tl.float32)
     indices = tl.zeros((BT, BK), tl.int32)
     weights = tl.zeros((BT, BK), tl.float32)
+    met = tl.zeros((BN,), tl.int32)
     for j in tl.range(TOP_K):
         value, index, keys = largest(keys, n, BN)
         weight = tl.exp((value - top) * inverse_temperature)
         total += weight
         indices = tl.where(slot[None, :] == j, index[:, None], indices)
         weights = tl.where(slot[None, :] == j, weight[:, None], weights)
-        tl.store(count_ptr + (j * blocks + own) * columned + n, _in_block(index, live, n), mask=n < columned)
+        counts = _in_block(index, live, n)
+        met += counts
+        tl.store(count_ptr + (j * blocks + own) * columned + n, counts, mask=n < columned)
+    if MOST:
+        _list(met, n, columned, own, slots_ptr, listed_ptr, MOST)
     weights /= total[:, None]
     chosen = live[:, None] & (slot < TOP_K)[None, :]
     tl.store(index_ptr + token[:, None] * TOP_K + slot[None, :], indices, mask=chosen)
     tl.store(weight_ptr + token[:, None] * TOP_K + slot[None, :], weights, mask=chosen)
 
 
+def _empty(indices: Tensor, columned: int) -> tuple[Tensor, Lists]:
+    """Room for the counts of indices (T, k), and for their lists."""
+    T, k = indices.shape
+    height = tokens_per_block(columned)
+    blocks, most = cdiv(T, height), most_listed(columned, k)
+    counts = indices.new_empty(k, blocks, columned, dtype=torch.int32)
+    return counts, Lists(counts.new_empty(blocks), counts.new_empty(blocks, most), height)
+
+
 def choose(
     products: Tensor, parts: int, num_adapters: int, columned: int, top_k: int, temperature: float = 1.0, *,
     absolute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Lists]:  # fmt: skip
     """Choose each token's adapters.
 
     Args:
@@ -89,38 +149,47 @@ def choose(
         columned: the number of adapters that are counted; all beyond have no columns.
 
     Returns:
-        indices (T, k) int32 and weights (T, k) float32, best first, and counts (k, blocks, columned) int32.
+        indices (T, k) int32 and weights (T, k) float32, best first, counts (k, blocks, columned) int32, and the lists,
+        which are not written where they have no room.
     """
     splits, T, C = products.shape
-    BT = tokens_per_block(columned)
-    blocks = cdiv(T, BT)
     indices, weights = products.new_empty(T, top_k, dtype=torch.int32), products.new_empty(T, top_k)
-    counts = products.new_empty(top_k, blocks, columned, dtype=torch.int32)
+    counts, lists = _empty(indices, columned)
+    blocks = counts.shape[1]
     _choose[(blocks,)](
-        products, indices, weights, counts, T, num_adapters, C, columned, blocks, 1 / temperature,
-        SPLITS=splits, TOP_K=top_k, PARTS=parts, ABSOLUTE=absolute, BT=BT, BN=block(num_adapters, 1024),
-        BK=block(top_k, 1024, 1), num_warps=8, **overlap_options(products),
+        products, indices, weights, counts, lists.slots, lists.adapters, T, num_adapters, C, columned, blocks,
+        1 / temperature, MOST=lists.adapters.shape[1], SPLITS=splits, TOP_K=top_k, PARTS=parts, ABSOLUTE=absolute,
+        BT=lists.height, BN=block(num_adapters, 1024), BK=block(top_k, 1024, 1), num_warps=8,
+        **overlap_options(products),
     )  # fmt: skip
-    return indices, weights, counts
+    return indices, weights, counts, lists
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _count(
-    index_ptr, count_ptr, T, columned, blocks, TOP_K: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr
+    index_ptr, count_ptr, slots_ptr, listed_ptr, T, columned, blocks,
+    MOST: tl.constexpr, TOP_K: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    own, choice = tl.program_id(0), tl.program_id(1)
+    own = tl.program_id(0)
     token = (own * BT + tl.arange(0, BT)).to(tl.int64)
     n = tl.arange(0, BN)
-    index = tl.load(index_ptr + token * TOP_K + choice, mask=token < T, other=-1).to(tl.int32)
-    counts = _in_block(index, token < T, n)
-    tl.store(count_ptr + (choice * blocks + own) * columned + n, counts, mask=n < columned)
+    met = tl.zeros((BN,), tl.int32)
+    for j in tl.range(TOP_K):
+        index = tl.load(index_ptr + token * TOP_K + j, mask=token < T, other=-1).to(tl.int32)
+        counts = _in_block(index, token < T, n)
+        met += counts
+        tl.store(count_ptr + (j * blocks + own) * columned + n, counts, mask=n < columned)
+    if MOST:
+        _list(met, n, columned, own, slots_ptr, listed_ptr, MOST)
 
 
-def count(indices: Tensor, columned: int) -> Tensor:
-    """How many tokens of each block chose each adapter: indices (T, k), dense -> (k, blocks, columned) int32."""
+def count(indices: Tensor, columned: int) -> tuple[Tensor, Lists]:
+    """How many tokens of each block chose each adapter: indices (T, k), dense -> (k, blocks, columned) int32, lists."""
     T, k = indices.shape
-    BT = tokens_per_block(columned)
-    blocks = cdiv(T, BT)
-    counts = indices.new_empty(k, blocks, columned, dtype=torch.int32)
-    _count[(blocks, k)](indices, counts, T, columned, blocks, TOP_K=k, BT=BT, BN=block(columned, 1024), num_warps=4)
-    return counts
+    counts, lists = _empty(indices, columned)
+    blocks = counts.shape[1]
+    _count[(blocks,)](
+        indices, counts, lists.slots, lists.adapters, T, columned, blocks,
+        MOST=lists.adapters.shape[1], TOP_K=k, BT=lists.height, BN=block(columned, 1024), num_warps=4,
+    )  # fmt: skip
+    return counts, lists

@@ -2,14 +2,16 @@
 
 Tokens are sorted by adapter, and each tile of tokens meets its adapter's columns alone. That costs more launches, a
 second pass over y for each further choice, and reading x once for each of them, so it pays for large ranks and many
-tokens; :func:`fits` says when.
+tokens; :func:`fits` says when. Consecutive tokens that meet few adapters together need no sorting and no second pass.
+Which these are is known on the GPU alone, so the kernels of both are started, and programs without work end at once.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from meteora.kernels.choose import choose, count
+from meteora.kernels.choose import Lists, choose, count
+from meteora.kernels.listed import expand_listed, shrink_listed
 from meteora.kernels.packing import gate_parts
 from meteora.kernels.segments import Segments, segments
 from meteora.kernels.shrink import shrink
@@ -53,21 +55,26 @@ def gated(
     for y, x in zip(y.split(MOST_TOKENS), x.split(MOST_TOKENS), strict=True):
         products = shrink(x, packed[R:])
         parts = gate_parts(x.dtype)
-        indices, weights, counts = choose(
-            products, parts, num_adapters, found.count, top_k, temperature, absolute=absolute
-        )
-        _add(y, x, packed, B, found, indices, weights, counts)
+        chosen = choose(products, parts, num_adapters, found.count, top_k, temperature, absolute=absolute)
+        _add(y, x, packed, B, found, *chosen)
 
 
 def given(y: Tensor, x: Tensor, A: Tensor, B: Tensor, found: Segments, indices: Tensor, weights: Tensor) -> None:
     """Add the mixture of a given routing, indices (T, k) and weights (T, k) float32, into y (T, out); as `gated`."""
     pieces = (tensor.split(MOST_TOKENS) for tensor in (y, x, indices.contiguous(), weights.contiguous()))
     for y, x, indices, weights in zip(*pieces, strict=True):
-        _add(y, x, A, B, found, indices, weights, count(indices, found.count))
+        _add(y, x, A, B, found, indices, weights, *count(indices, found.count))
 
 
 def _add(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, found: Segments, indices: Tensor, weights: Tensor, counts: Tensor
-) -> None:
-    tiles = sort(indices, counts, found.starts, HEIGHT)
-    expand_tiles(y, shrink_tiles(x, A, weights, tiles, found), B, tiles, found)
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, found: Segments, indices: Tensor, weights: Tensor, counts: Tensor,
+    lists: Lists,
+) -> None:  # fmt: skip
+    listed = lists.adapters.shape[1] > 0
+    tiles = sort(indices, counts, found.starts, HEIGHT, lists.slots if listed else None)
+    sorted_s = shrink_tiles(x, A, weights, tiles, found)
+    if listed:
+        listed_s = shrink_listed(x, A, indices, weights, lists, found)
+    expand_tiles(y, sorted_s, B, tiles, found)
+    if listed:
+        expand_listed(y, listed_s, B, lists, found)

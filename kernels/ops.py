@@ -137,7 +137,7 @@ def gated_mix(
 
 @gated_mix.register_fake
 def _(y, x, A, B, gate, packed, column_adapter, top_k, temperature):
-    T = len(x) if len(column_adapter) else 0
+    T = x.shape[0] if len(column_adapter) else 0  # len() would tie a compiled graph to this number of tokens
     indices = y.new_empty(T, top_k, dtype=torch.int32)
     return torch.empty_like(y), y.new_empty(T, padded(len(A))), indices, y.new_empty(T, top_k, dtype=torch.float32)
 
@@ -164,7 +164,7 @@ def mix(
 
 @mix.register_fake
 def _(y, x, A, B, column_adapter, indices, weights):
-    return torch.empty_like(y), y.new_empty(len(x) if len(column_adapter) else 0, padded(len(A)))
+    return torch.empty_like(y), y.new_empty(x.shape[0] if len(column_adapter) else 0, padded(len(A)))
 
 
 @torch.library.custom_op("meteora::route_backward", mutates_args=())
@@ -179,7 +179,7 @@ def route_backward_op(
 def _(ds, raw, column_adapter, indices, weights, num_adapters, temperature):
     R = len(column_adapter)
     width = R if num_adapters is None else padded(R + num_adapters)
-    return ds.new_empty(len(ds), width), torch.empty_like(weights if num_adapters is None else weights[:0])
+    return ds.new_empty(ds.shape[0], width), torch.empty_like(weights if num_adapters is None else weights[:0])
 
 
 @torch.library.custom_op("meteora::mask", mutates_args=())
@@ -205,7 +205,7 @@ def _backward_gated(ctx, dy, *_) -> tuple:
     x, B, packed, column_adapter, raw, indices, weights = ctx.saved_tensors
     needs_x, needs_A, needs_B, needs_gate = ctx.needs_input_grad[1:5]
     R, N = len(column_adapter), ctx.num_adapters
-    if not len(raw):
+    if not raw.shape[0]:
         zero = [torch.zeros_like(t) for t in (x, packed[:R], B, packed[:N].float())]
         return dy, *zero, None, None, None, None
     dx = dA = dB = dgate = None
@@ -229,7 +229,7 @@ def _backward_mix(ctx, dy, *_) -> tuple:
     x, A, B, column_adapter, indices, weights, raw = ctx.saved_tensors
     needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
     needs_weights = ctx.needs_input_grad[6]
-    if not len(raw):
+    if not raw.shape[0]:
         return dy, *map(torch.zeros_like, (x, A, B)), None, None, torch.zeros_like(weights)
     dx = dA = dB = dweights = None
     if needs_x or needs_A or needs_weights:

@@ -50,9 +50,12 @@ def most_tiles(tokens: int, adapters: int, height: int) -> int:
     return cdiv(tokens, height) + adapters
 
 
-def sort_ref(indices: Tensor, starts: Tensor, height: int) -> Tiles:
+def sort_ref(indices: Tensor, starts: Tensor, height: int, slots: Tensor | None = None) -> Tiles:
     """What :func:`sort` computes from indices (T, k), in plain torch; what it leaves undefined is -1."""
     (T, k), N = indices.shape, len(starts) - 1
+    if slots is not None:
+        listed = (slots > 0).repeat_interleave(tokens_per_block(N))[:T]
+        indices = torch.where(listed.unsqueeze(1), -1, indices)
     M = most_tiles(T, N, height)
     tokens = torch.full((k, M * height), -1, dtype=torch.int32)
     adapter, rows = torch.full((k, M), -1, dtype=torch.int32), torch.zeros(k, M, dtype=torch.int32)
@@ -70,9 +73,9 @@ def sort_ref(indices: Tensor, starts: Tensor, height: int) -> Tiles:
 
 @triton.jit(do_not_specialize=["T", "blocks", "M"])
 def _sort(
-    index_ptr, count_ptr, start_ptr, token_ptr, adapter_ptr, rows_ptr, T, N, M, blocks,
-    TOP_K: tl.constexpr, HEIGHT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    index_ptr, count_ptr, slots_ptr, start_ptr, token_ptr, adapter_ptr, rows_ptr, T, N, M, blocks,
+    LISTED: tl.constexpr, TOP_K: tl.constexpr, HEIGHT: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -88,6 +91,9 @@ def _sort(
         row = first + tl.arange(0, 32)
         inside = (row < blocks)[:, None] & present[None, :]
         counts = tl.load(count_ptr + (choice * blocks + row)[:, None] * N + n[None, :], mask=inside, other=0)
+        if LISTED:
+            slots = tl.load(slots_ptr + row, mask=row < blocks, other=0)
+            counts = tl.where((slots > 0)[:, None], 0, counts)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where((row < own)[:, None], counts, 0), 0)
     # An adapter without columns adds nothing, so it gets no tiles.
@@ -99,6 +105,8 @@ def _sort(
     token = own * BT + tl.arange(0, BT)
     index = tl.load(index_ptr + token.to(tl.int64) * TOP_K + choice, mask=token < T, other=-1).to(tl.int32)
     mine = (index[:, None] == n[None, :]) & (rank > 0)[None, :]
+    if LISTED:
+        mine = mine & (tl.load(slots_ptr + own) == 0)
     ones = mine.to(tl.int32)
     place = tl.cumsum(ones, 0) - 1 + (before + begin * HEIGHT)[None, :]
     place = tl.sum(tl.where(mine, place, 0), 1)
@@ -113,7 +121,7 @@ def _sort(
     tl.store(rows_ptr + choice * M + tile, rows, mask=tile < M)
 
 
-def sort(indices: Tensor, counts: Tensor, starts: Tensor, height: int) -> Tiles:
+def sort(indices: Tensor, counts: Tensor, starts: Tensor, height: int, slots: Tensor | None = None) -> Tiles:
     """Sort each choice's tokens by adapter, into tiles.
 
     Args:
@@ -121,6 +129,7 @@ def sort(indices: Tensor, counts: Tensor, starts: Tensor, height: int) -> Tiles:
         counts: (k, blocks, N) int32, as :mod:`meteora.kernels.choose` counts them.
         starts: (N + 1,) int32, see :class:`meteora.kernels.segments.Segments`.
         height: tokens of a tile.
+        slots: (blocks,) int32; tokens of blocks where it is not 0 are left out, as others care for them.
     """
     T, k = indices.shape
     _, blocks, N = counts.shape
@@ -129,8 +138,8 @@ def sort(indices: Tensor, counts: Tensor, starts: Tensor, height: int) -> Tiles:
     described = counts.new_empty(2, k, M)
     adapter, rows = described[0], described[1]
     _sort[(blocks, k)](
-        indices, counts, starts, tokens, adapter, rows, T, N, M, blocks,
-        TOP_K=k, HEIGHT=height, BT=tokens_per_block(N), BN=block(N, 1024), BM=block(cdiv(M, blocks), 4096, 1),
-        num_warps=4, **overlap_options(counts),
+        indices, counts, counts if slots is None else slots, starts, tokens, adapter, rows, T, N, M, blocks,
+        LISTED=slots is not None, TOP_K=k, HEIGHT=height, BT=tokens_per_block(N), BN=block(N, 1024),
+        BM=block(cdiv(M, blocks), 4096, 1), num_warps=4, **overlap_options(counts),
     )  # fmt: skip
     return Tiles(tokens, adapter, rows, height)

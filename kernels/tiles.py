@@ -3,6 +3,10 @@
 A tile's tokens lie anywhere in x and y, whose rows are read and written where they are; s, the few numbers between the
 two products, lies in the order of the tiles. Within one choice of adapters every token occurs once, so what is added
 to its row of y by one launch is added by one program, and the choices' launches follow one another.
+
+Many programs may have no tile. From `shrink_tiles` on they see that and end while the kernel ahead is still running:
+what they read for it comes from `sort`, or for :mod:`meteora.kernels.listed` from `choose`, which have ended by then.
+Such reads go past the first-level cache (`.cg`), which is sure to be fresh only once a kernel has waited.
 """
 
 from __future__ import annotations
@@ -54,11 +58,22 @@ def _filled(tiles: Tiles):
 
 
 @triton.jit
-def _segment(start_ptr, adapter, ALIGNED_BY: tl.constexpr):
+def segment(start_ptr, adapter, ALIGNED_BY: tl.constexpr):
     """An adapter's first column and its rank; a multiple that is known lets the compiler load 16 bytes at a time."""
     start = tl.load(start_ptr + adapter)
     rank = tl.load(start_ptr + adapter + 1) - start
     return tl.multiple_of(start, ALIGNED_BY), tl.multiple_of(rank, ALIGNED_BY)
+
+
+@triton.jit
+def leave(OVERLAP: tl.constexpr):
+    """What a program does that ends at once, for want of work, before the kernel ahead of its own has ended.
+
+    One of them waits, or the next kernel, which waits for this one alone, would not wait for the one ahead as well.
+    """
+    if OVERLAP:
+        if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+            gdc_wait()
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -69,13 +84,14 @@ def _shrink_tiles(
     EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        gdc_launch_dependents()
+        # In this order, so that choose and sort have ended when any of the kernels that follow begins.
         gdc_wait()
+        gdc_launch_dependents()
     tile, split = tl.program_id(0), tl.program_id(2)
     rows = tl.load(rows_ptr + tile)
     if rows == 0:
         return
-    start, rank = _segment(start_ptr, tl.load(adapter_ptr + tile), 1)
+    start, rank = segment(start_ptr, tl.load(adapter_ptr + tile), 1)
     column = tl.program_id(1) * BR
     if column >= rank:
         return
@@ -113,12 +129,14 @@ def _sum_splits(
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
     tile = tl.program_id(0)
-    rows = tl.load(rows_ptr + tile)
+    rows = tl.load(rows_ptr + tile, cache_modifier=".cg")
     row = tl.program_id(1) * BT + tl.arange(0, BT)
     if tl.program_id(1) * BT >= rows:
+        leave(OVERLAP)
         return
+    if OVERLAP:
+        gdc_wait()
     token = tl.load(token_ptr + tile * HEIGHT + tl.minimum(row, rows - 1)).to(tl.int64)
     weight = tl.load(weight_ptr + token * TOP_K + tile // M)[:, None]
     c = tl.program_id(2) * BR + tl.arange(0, BR)
@@ -169,24 +187,30 @@ def shrink_tiles(x: Tensor, A: Tensor, weights: Tensor, tiles: Tiles, segments: 
 @triton.jit(do_not_specialize=["first_tile"])
 def _expand_tiles(
     y_ptr, s_ptr, b_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, first_tile, OUT, y_stride, b_stride, width,
-    ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
+    FIRST: tl.constexpr, ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
     blocks = tl.cdiv(OUT, BO)
     tile = first_tile + tl.program_id(0) // blocks
-    rows = tl.load(rows_ptr + tile)
+    rows = tl.load(rows_ptr + tile, cache_modifier=".cg")
     if rows == 0:
+        leave(OVERLAP)
         return
-    start, rank = _segment(start_ptr, tl.load(adapter_ptr + tile), ALIGNED_BY)
+    # Before the first choice nobody has written to these rows of y, so they may be read while s is being computed.
+    if OVERLAP and not FIRST:
+        gdc_wait()
+    start, rank = segment(start_ptr, tl.load(adapter_ptr + tile, cache_modifier=".cg"), ALIGNED_BY)
     row = tl.arange(0, HEIGHT)
     column = tl.program_id(0) % blocks * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
-    token = tl.load(token_ptr + tile * HEIGHT + row, mask=row < rows, other=0).to(tl.int64)
+    token = tl.load(token_ptr + tile * HEIGHT + row, mask=row < rows, other=0, cache_modifier=".cg").to(tl.int64)
     y = y_ptr + token[:, None] * y_stride + column[None, :]
     inside = (row < rows)[:, None] & (column < OUT)[None, :]
     before = tl.load(y, mask=inside, other=0.0)
+    if OVERLAP and FIRST:
+        gdc_wait()
     s = s_ptr + (tile * HEIGHT + row).to(tl.int64)[:, None] * width + r[None, :]
     b = b_ptr + column.to(tl.int64)[None, :] * b_stride + start + r[:, None]
     total = tl.zeros((HEIGHT, BO), tl.float32)
@@ -213,7 +237,7 @@ def expand_tiles(y: Tensor, s: Tensor, B: Tensor, tiles: Tiles, segments: Segmen
         _expand_tiles[(tiles.each * cdiv(OUT, BO),)](
             y, s, B, tiles.tokens, tiles.adapter, tiles.rows, segments.starts, choice * tiles.each, OUT,
             y.stride(0), B.stride(0), s.shape[1],
-            ALIGNED_BY=ALIGNED if segments.aligned else 1, HEIGHT=tiles.height, BO=BO, BR=block(s.shape[1], 64),
-            num_warps=4, num_stages=2, **overlap_options(y),
+            FIRST=choice == 0, ALIGNED_BY=ALIGNED if segments.aligned else 1, HEIGHT=tiles.height, BO=BO,
+            BR=block(s.shape[1], 64), num_warps=4, num_stages=2, **overlap_options(y),
         )  # fmt: skip
     return y

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from meteora.adapters import WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory, peft_tensors
 from meteora.batches import Batch, Sample, by_task, encode, micro_batches
 from meteora.checkpoint import public_name
+from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
 from meteora.model import MeteoraModel
@@ -101,14 +102,15 @@ class _AdapterTrainer:
         extra = {"best_loss": self.best_loss, "best_step": self.best_step}
         extra |= {f"best_A.{n}": tensor for n, tensor in enumerate(self.best_A)}
         extra |= {f"best_B.{n}": tensor for n, tensor in enumerate(self.best_B)}
-        rows = self.run.loop(
-            torch.optim.AdamW(groups),
-            self.A + self.B,
-            self._step,
-            name="adapters",
-            after_step=self._after_step,
-            extra=extra,
-        )
+        with compiled_layers(self.model, worth_compiling(self.model, self.run.device)):
+            rows = self.run.loop(
+                torch.optim.AdamW(groups),
+                self.A + self.B,
+                self._step,
+                name="adapters",
+                after_step=self._after_step,
+                extra=extra,
+            )
         history = []
         for row in rows:
             if "losses" in row:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = -100
-
+_ROWS_AT_ONCE = 1024  # what a tokenizer holds of each text while it encodes a list is many times the text
 
 MIXED = -1  # the task of a sample whose turns belong to several
 
@@ -64,30 +65,56 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
+    samples: list[Sample] = []
+    rows = iter(rows)
+    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        samples += _encode_rows(chunk, len(samples), task_ids, tokenizer, max_length)
+    if not samples:
+        raise ValueError("the dataset is empty; give at least one row.")
+    return samples
+
+
+def _encode_rows(
+    rows: Sequence[Mapping], first: int, task_ids: Mapping[str, int], tokenizer, max_length: int
+) -> list[Sample]:
+    """The samples of some rows, the first of which is number ``first`` of the dataset."""
+    turns = {n: row.get("turns", [row]) for n, row in enumerate(rows, first) if "segments" not in row}
+    tasks = []
+    for n, of_row in turns.items():
+        if not of_row:
+            raise ValueError(f"row {n} of the dataset has no turns; give at least one.")
+        tasks += [_task_of(turn, n, task_ids) for turn in of_row]
+    in_order = [turn for of_row in turns.values() for turn in of_row]
+    responses = _ids_of(tokenizer, [turn["response"] for turn in in_order], add_special_tokens=False)
+    beginnings = _ids_of(tokenizer, [of_row[0]["prompt"] for of_row in turns.values()])
+    others = ["\n" + turn["prompt"] for of_row in turns.values() for turn in of_row[1:]]
+    continuations = iter(_ids_of(tokenizer, others, add_special_tokens=False))
+    beginnings, of_turn = iter(beginnings), zip(tasks, responses, strict=True)
+
     samples = []
-    for n, row in enumerate(rows):
-        if "segments" in row:
+    for n, row in enumerate(rows, first):
+        if n not in turns:
             samples.append(_encode_segments(row, n, task_ids, tokenizer, max_length))
             continue
-        turns = row.get("turns", [row])
-        if not turns:
-            raise ValueError(f"row {n} of the dataset has no turns; give at least one.")
-        ids, is_response, tasks = [], [], []
-        for position, turn in enumerate(turns):
-            task = _task_of(turn, n, task_ids)
-            response = tokenizer(turn["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            response = response[: max_length - 1]
-            prompt = prompt_ids(tokenizer, turn["prompt"], first=position == 0)
-            prompt = prompt[-(max_length - len(response)) :]
+        ids, is_response, token_tasks = [], [], []
+        for position in range(len(turns[n])):
+            task, response = next(of_turn)
+            response = [*response, tokenizer.eos_token_id][: max_length - 1]
+            prompt = next(continuations if position else beginnings)[-(max_length - len(response)) :]
             if not prompt:
                 raise ValueError(f"row {n} of the dataset has an empty prompt; a response needs a token before it.")
             ids += prompt + response
             is_response += [False] * len(prompt) + [True] * len(response)
-            tasks += [task] * (len(prompt) + len(response))
-        samples.append(Sample(ids[-max_length:], is_response[-max_length:], tasks[-max_length:]))
-    if not samples:
-        raise ValueError("the dataset is empty; give at least one row.")
+            token_tasks += [task] * (len(prompt) + len(response))
+        samples.append(Sample(ids[-max_length:], is_response[-max_length:], token_tasks[-max_length:]))
     return samples
+
+
+def _ids_of(tokenizer, texts: list[str], **options) -> list[list[int]]:
+    """A fast tokenizer encodes a list in parallel; another gains nothing by one, and need not take it."""
+    if texts and getattr(tokenizer, "is_fast", False):
+        return tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+    return [tokenizer(text, **options)["input_ids"] for text in texts]
 
 
 def prompt_ids(tokenizer, prompt: str, *, first: bool) -> list[int]:
@@ -171,16 +198,16 @@ def by_length(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
 
 def collate(samples: Sequence[Sample], pad_id: int, device: torch.device, weight: float = 1.0) -> Batch:
     """Pad on the right: with padding on the left, fully masked attention rows give NaN in training."""
-    shape = (len(samples), max(len(s.ids) for s in samples))
-    input_ids = torch.full(shape, pad_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE)
-    token_tasks = torch.zeros(shape, dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        end = len(sample.ids)
-        input_ids[row, :end] = torch.tensor(sample.ids)
-        attention_mask[row, :end] = 1
-        labels[row, :end] = input_ids[row, :end].where(torch.tensor(sample.is_response), IGNORE)
-        token_tasks[row, :end] = torch.tensor(sample.tasks)
-    tensors = (tensor.to(device) for tensor in (input_ids, attention_mask, labels, token_tasks))
+    lengths = torch.tensor([len(sample.ids) for sample in samples])
+    real = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+
+    def padded(lists: Iterable[list], filling: int, dtype: type = np.int64) -> Tensor:
+        values = np.array(list(chain.from_iterable(lists)), dtype)  # several times as fast as torch.tensor of a list
+        return torch.full(real.shape, filling).masked_scatter(real, torch.from_numpy(values))
+
+    input_ids = padded((sample.ids for sample in samples), pad_id)
+    is_response = padded((sample.is_response for sample in samples), False, np.bool_)
+    token_tasks = padded((sample.tasks for sample in samples), 0)
+    labels = input_ids.where(is_response, IGNORE)
+    tensors = (tensor.to(device) for tensor in (input_ids, real.long(), labels, token_tasks))
     return Batch(*tensors, [sample.task for sample in samples], weight)

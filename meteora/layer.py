@@ -19,10 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class ForcedAdapters:
-    """One adapter index per sample, and how often ``generate`` repeats each sample."""
+    """One adapter index per sample, and how often ``generate`` repeats each sample.
 
-    def __init__(self, indices: Sequence[int], *, one_for_all: bool) -> None:
-        self.indices = torch.tensor(indices, dtype=torch.int64)
+    ``device`` is where most layers ask for it.
+    """
+
+    def __init__(self, indices: Sequence[int], *, one_for_all: bool, device: torch.device | None = None) -> None:
+        self.indices = torch.tensor(indices, dtype=torch.int64, device=device)
         self.one_for_all = one_for_all
         self.repeats = 1
         self._key: tuple | None = None
@@ -30,6 +33,8 @@ class ForcedAdapters:
 
     def routing(self, batch: torch.Size, device: torch.device) -> Routing:
         """The routing of all tokens of an input of shape (*batch, in). Kept, as every layer of a pass asks the same."""
+        if torch.compiler.is_compiling():  # a kept key would tie the graph to its sizes; the compiler shares the work
+            return forced(self._per_token(batch).to(device))
         key = (batch, device, self.repeats)
         if key != self._key:
             self._routing, self._key = forced(self._per_token(batch).to(device)), key
@@ -44,7 +49,7 @@ class ForcedAdapters:
                 f"route_to got {len(self.indices)} names, one per sample, but the input has shape {tuple(batch)} "
                 f"(samples, tokens); expected {samples} samples."
             )
-        return self.indices.repeat_interleave(self.repeats).repeat_interleave(batch[1])
+        return self.indices.repeat_interleave(self.repeats * batch[1])
 
 
 @dataclass

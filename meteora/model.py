@@ -340,7 +340,9 @@ class MeteoraModel(nn.Module):
         if not wanted:
             raise AdapterError("route_to needs at least one name.")
         before = self.state.forced
-        self.state.forced = ForcedAdapters([known[n] for n in wanted], one_for_all=isinstance(names, str))
+        device = next((layer.gate.weight.device for layer in self.layers.values()), None)
+        indices = [known[name] for name in wanted]
+        self.state.forced = ForcedAdapters(indices, one_for_all=isinstance(names, str), device=device)
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteora.batches import Batch, Sample, by_task, encode
 from meteora.checkpoint import check_free_for_checkpoint
+from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import GateTrainingConfig
 from meteora.gating import gate_cross_entropy
 from meteora.layer import MeteoraLinear
@@ -35,10 +36,10 @@ def train_gates(
 
     ``joint`` minimises L_LM + beta * L_gate, L_LM over the responses and L_gate the mean cross-entropy of every gate at
     every token that is no padding, against its task's own adapter (``balance`` says what counts alike in that mean).
-    ``gate`` minimises L_gate alone, every gate on its
-    own detached inputs: each is then a logistic regression, whose gradient is written down at once, and nothing is kept
-    for a backward pass. The gates choose freely meanwhile, as they will in use. Forcing the right adapter gives inputs
-    that are easier to tell apart than those the trained model sees: a higher gate accuracy, and fewer right answers.
+    ``gate`` minimises L_gate alone, every gate on its own detached inputs: each is then a logistic regression, whose
+    gradient is written down at once, and nothing is kept for a backward pass. The gates choose freely meanwhile, as
+    they will in use. Forcing the right adapter gives inputs that are easier to tell apart than those the trained model
+    sees: a higher gate accuracy, and fewer right answers.
 
     Args:
         dataset: rows {prompt, response, task}, task being one of ``model.adapter_names``; or {turns: [such rows]} for
@@ -76,7 +77,10 @@ def train_gates(
         loss = lm_loss + config.beta * gate_loss
         return {"loss": loss, "lm_loss": lm_loss, "gate_loss": gate_loss, "gate_accuracy": accuracy}
 
-    with _trainable(gates), _checkpointing(model, config.objective == "joint" and config.gradient_checkpointing):
+    recomputed = config.objective == "joint" and config.gradient_checkpointing
+    # What is recomputed calls its observer in another state, which is another graph.
+    compiled = worth_compiling(model, run.device) and not recomputed
+    with _trainable(gates), _checkpointing(model, recomputed), compiled_layers(model, compiled):
         history = run.loop(optimizer, gates, step, name="gates")
     model.state.warning = None
     if output_dir is not None and run.accelerator.is_main_process:
@@ -113,7 +117,8 @@ class _GateLoss:
         self.weights = weights.flatten()
         self.labels = batch.token_tasks.flatten()
         self.local = local
-        self.loss = torch.zeros((), device=weights.device)
+        # Needs a gradient from the start, as after some layers, so that the first layer is compiled like the others.
+        self.loss = torch.zeros((), device=weights.device, requires_grad=not local)
         self.correct = torch.zeros((), device=weights.device)
         self.closed = False
 
@@ -129,16 +134,19 @@ class _GateLoss:
             error = torch.softmax(logits, dim=-1)  # d loss / d logits = softmax - one-hot
             error[torch.arange(len(error), device=device), labels] -= 1
             gradient = (error * weights.unsqueeze(-1)).t() @ x.float()
-            weight = layer.gate.weight
-            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+            layer.gate.weight.grad += gradient
 
 
 def _forward_local(
     model: MeteoraModel, batch: Batch, config: GateTrainingConfig, weights: Tensor, responses: int
 ) -> Tensor:
+    for layer in model.layers.values():
+        if layer.gate.weight.grad is None:
+            layer.gate.weight.grad = torch.zeros_like(layer.gate.weight)
     loss = _GateLoss(batch, weights, local=True)
     with torch.no_grad(), _observed(model, loss):
-        _backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        # Without a mask of its own, as in response_losses.
+        _backbone(model)(input_ids=batch.input_ids, use_cache=False)
     return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct])
 
 

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from meteora.batches import IGNORE, Batch, Sample, balanced_steps, by_length, collate
 from meteora.config import TrainingConfig
+from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel
 from meteora.sharding import shard_base_model, wants_sharding
 
@@ -168,12 +171,46 @@ class TrainingRun:
 
 
 def response_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross-entropy (B,) float32 of every sample's response tokens."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    """Summed cross-entropy (B,) float32 of every sample's response tokens.
+
+    The model is given no attention mask: behind a causal mask no token sees the padding on its right, and attention
+    without a mask of its own is faster. What comes out at the padding is not looked at.
+    """
     targets = batch.labels[:, 1:]
-    places = targets != IGNORE  # only these rows of the (B, S, vocabulary) logits are ever upcast
-    losses = nn.functional.cross_entropy(logits[:, :-1][places].float(), targets[places], reduction="none")
+    places = targets != IGNORE
+    rows, columns = places.nonzero(as_tuple=True)
+    with _head_at(model, rows, columns) as picked:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    logits = logits[0] if picked else logits[rows, columns]
+    losses = nn.functional.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
     return losses.new_zeros(places.shape).masked_scatter(places, losses).sum(dim=1)
+
+
+@contextmanager
+def _head_at(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[list]:
+    """Inside, the language-model head gets (1, P, hidden) for (B, S, hidden): the P places (row, column) alone.
+
+    All logits would be the largest tensor of a pass, and prompts have no use for theirs. What a model does with its
+    logits (scaling, a soft cap) it does with those that are left. The yielded list stays empty where the head is
+    called in no such way, or is adapted, for then its gate wants every token.
+    """
+    picked: list = []
+
+    def pick(_: nn.Module, inputs: tuple) -> tuple:
+        picked.append(True)
+        hidden, *others = inputs
+        places = (rows * hidden.shape[1] + columns).to(hidden.device)
+        return hidden.flatten(0, 1).index_select(0, places).unsqueeze(0), *others
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or isinstance(head, MeteoraLinear):
+        yield picked
+        return
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        yield picked
+    finally:
+        hook.remove()
 
 
 def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sample]]], model: MeteoraModel) -> str:
@@ -182,8 +219,11 @@ def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sampl
     digest = hashlib.sha256(json.dumps(settings).encode())
     for groups in data:
         for task, samples in groups.items():
-            encoded = [[sample.ids, sample.is_response, sample.tasks] for sample in samples]
-            digest.update(json.dumps([task, encoded]).encode())
+            digest.update(array("q", [task, *(len(sample.ids) for sample in samples)]).tobytes())
+            for sample in samples:
+                digest.update(array("q", sample.ids).tobytes())
+                digest.update(array("q", sample.tasks).tobytes())
+                digest.update(bytes(sample.is_response))
     for name, layer in model.layers.items():
         digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
         digest.update(_first_values(layer.base_layer.weight))

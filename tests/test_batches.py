@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from data_prep.base_models import load_base_model
+from meteora import batches
 from meteora.batches import MIXED, balanced_steps, by_task, collate, encode, micro_batches
 
 CPU = torch.device("cpu")
@@ -121,3 +123,20 @@ def test_long_turns_lose_the_beginning(core):
 def test_a_row_without_turns_is_refused(core):
     with pytest.raises(ValueError, match="row 0 of the dataset has no turns"):
         encoded(core, [{"turns": []}])
+
+
+def test_a_list_of_texts_is_encoded_as_each_alone(core, monkeypatch):
+    tokenizer = load_base_model("tiny")[1]
+    one_by_one = lambda _, *texts, **options: tokenizer(*texts, **options)  # noqa: E731
+    alone = type("Alone", (), {"eos_token_id": tokenizer.eos_token_id, "__call__": one_by_one})
+    rows = core.rows()
+    rows += [{"turns": [rows[0], {"task": "two", "prompt": "ünd?", "response": ""}, rows[9]]}, *rows[3:5]]
+    rows.insert(4, {"task": "two", "segments": [{"text": "ab "}, {"text": "cd", "is_response": True}], "ended": False})
+    monkeypatch.setattr(batches, "_ROWS_AT_ONCE", 5)
+    for max_length in (100, 8):
+        together, apart = (encode(rows, {"one": 0, "two": 1}, t, max_length) for t in (tokenizer, alone()))
+        assert together == apart and len(together) == len(rows)
+    rows[11] = {"task": "one", "prompt": "x"}
+    for t in (tokenizer, alone()):
+        with pytest.raises(ValueError, match="row 11 of the dataset has no 'response'"):
+            encode(rows, {"one": 0, "two": 1}, t, 100)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from meteora.backends import triton as backend
 from meteora.gating import Routing
-from meteora.kernels import choose, decode, expand, grouped, ops, route, shrink, sort, tiles
+from meteora.kernels import choose, decode, expand, grouped, launch, listed, ops, route, shrink, sort, tiles
 from meteora.kernels.packing import gate_parts, pack, padded
 from meteora.kernels.segments import segments
 
@@ -296,6 +298,36 @@ def test_compiled_into_one_graph():
         close(actual, expected)
 
 
+def test_compiled_once_for_all_numbers_of_tokens():
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=counting, bw_compiler=counting))
+    def given(y, x, A, B, owner, indices, weights):
+        return ops.mix(y, x, A, B, owner, indices, weights)[0].sin()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=counting, bw_compiler=counting))
+    def chosen(y, x, A, B, gate, packed, owner):
+        return ops.gated_mix(y, x, A, B, gate, packed, owner, 2, 1.0)[0].sin()
+
+    for tokens in (8, 24, 40):
+        y, x, A, B, gate, owner = problem(tokens, 16, 16, [4, 4, 4])
+        routing, packed = routing_of(tokens, 3, 2), pack(A, gate)
+        leaves = [t.clone().requires_grad_() for t in (y, x, A, B, gate)]
+        for result, expected in (
+            (given(*leaves[:4], owner, *routing), ops.mix_ref(*leaves[:4], owner, *routing).sin()),
+            (chosen(*leaves, packed, owner), ops.gated_mix_ref(*leaves, owner, 2).sin()),
+        ):
+            close(result, expected)
+            gradients = (torch.autograd.grad(r.sum(), leaves[:4]) for r in (result, expected))
+            for actual, wanted in zip(*gradients, strict=True):
+                close(actual, wanted)
+    assert len(graphs) == 4  # forward and backward of each
+
+
 @needs_gpu
 def test_captured_in_a_graph():
     y, x, A, B, gate, owner = problem(300, 512, 256, [8] * 28, torch.bfloat16)
@@ -334,8 +366,14 @@ GROUPED = [
 ]
 
 
-def tiles_of(indices, found, height):
-    return sort.sort(indices, choose.count(indices, found.count), found.starts, height)
+def tiles_of(indices, found, height, slots=None):
+    return sort.sort(indices, choose.count(indices, found.count)[0], found.starts, height, slots)
+
+
+def assert_lists(lists, counts):
+    slots, adapters = choose.list_ref(counts.cpu(), lists.adapters.shape[1])
+    assert torch.equal(lists.slots.cpu(), slots)
+    assert torch.equal(torch.where(adapters >= 0, lists.adapters.cpu(), -1), adapters)
 
 
 def on_cpu(sorted_tiles):
@@ -352,17 +390,22 @@ def test_every_token_is_sorted_into_its_adapters_tiles(tokens, ranks, data, heig
     owner = torch.cat([torch.full((rank,), n) for n, rank in enumerate(ranks)]).to(DEVICE)
     found = segments(owner)
     indices = routing_of(tokens, len(ranks), k, seed)[0].contiguous()
-    counts = choose.count(indices, found.count)
+    counts, lists = choose.count(indices, found.count)
     assert torch.equal(counts.cpu(), choose.count_ref(indices, found.count).cpu())
-    result, expected = on_cpu(tiles_of(indices, found, height)), sort.sort_ref(indices, found.starts, height)
+    # Some blocks left out, as if they were listed.
+    slots = torch.arange(len(lists.slots), device=DEVICE, dtype=torch.int32) % 3 if data.draw(st.booleans()) else None
+    result = on_cpu(tiles_of(indices, found, height, slots))
+    expected = sort.sort_ref(indices, found.starts, height, slots)
     assert result.rows.shape == (k, sort.most_tiles(tokens, found.count, height))
     assert torch.equal(result.rows, expected.rows)
     filled, there = expected.rows > 0, expected.tokens >= 0
     assert torch.equal(result.adapter[filled], expected.adapter[filled])
     assert torch.equal(result.tokens[there], expected.tokens[there])
     # What the reference has to have done, in other words.
+    left = torch.tensor([slots is None or not slots[t // lists.height] for t in range(tokens)])
     for j in range(k):
-        wanted = [t for n, rank in enumerate(ranks) if rank for t in (indices[:, j].cpu() == n).nonzero().flatten()]
+        own = [(indices[:, j].cpu() == n) & left for n, rank in enumerate(ranks) if rank]
+        wanted = [t for chosen in own for t in chosen.nonzero().flatten()]
         assert expected.tokens[j][there[j]].tolist() == wanted
 
 
@@ -379,11 +422,12 @@ def test_tiles_at_their_bound():
 @pytest.mark.parametrize("parts, splits, absolute", [(1, 1, False), (2, 3, True)])
 def test_choose(parts, splits, absolute):
     products = torch.randn(splits, 100, padded(parts * 9), device=DEVICE)
-    indices, weights, counts = choose.choose(products, parts, 9, 7, 3, 0.5, absolute=absolute)
+    indices, weights, counts, lists = choose.choose(products, parts, 9, 7, 3, 0.5, absolute=absolute)
     expected = choose.choose_ref(products, parts, 9, 3, 0.5, absolute=absolute)
     assert torch.equal(indices.long(), expected[0])
     close(weights, expected[1])
     assert torch.equal(counts, choose.count_ref(indices, 7))
+    assert_lists(lists, counts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -404,8 +448,10 @@ def test_tiles_are_the_reference(tokens, features, out, ranks, k, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, features, out, ranks, k", GROUPED)
-def test_grouped_is_the_reference(tokens, features, out, ranks, k, dtype, monkeypatch):
+@pytest.mark.parametrize("each", [0, 2])
+def test_grouped_is_the_reference(tokens, features, out, ranks, k, dtype, each, monkeypatch):
     monkeypatch.setattr(grouped, "MOST_TOKENS", 64)  # several rounds
+    monkeypatch.setattr(choose, "LISTED_EACH", each)  # most of these small ones meet few adapters if that is allowed
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
     exact = [tensor.float().clone() for tensor in (y, x, A, B)]
     packed, found = pack(A, gate), segments(owner)
@@ -506,6 +552,143 @@ def test_grouped_twice_is_the_same():
     assert torch.equal(*results)
 
 
+# Few adapters in a tile of consecutive tokens ------------------------------------------------------------------------
+
+LISTED = [
+    # tokens, features, out, ranks, k
+    (1, 16, 16, [16], 1),
+    (70, 33, 65, [5, 1, 0, 40, 3, 8, 9, 2, 7], 3),  # nothing is a multiple of anything
+    (200, 72, 136, [8, 0, 16, 8, 24, 8, 8, 0], 2),  # aligned segments; the last adapter is unknown to them
+    (130, 1100, 40, [64] * 5, 1),  # the inner dimension in pieces
+    (150, 1040, 150, [64] * 6, 2),  # and more than one program's columns
+    (90, 24, 20, [150, 3, 70, 1, 2], 2),  # a rank of several chunks
+]
+ROUTINGS = ["runs", "uniform", "mixed"]
+
+
+def routing_in(routing, tokens, adapters, k, seed=0):
+    """``runs``: from 64 to 100 tokens agree; ``uniform``; ``mixed``: every other 64 of either kind."""
+    indices, weights = routing_of(tokens, adapters, k, seed)
+    run = torch.arange(2 + tokens // 64).repeat_interleave(64 + torch.arange(2 + tokens // 64) % 37)[:tokens]
+    runs = indices[run.to(DEVICE).clamp_max(tokens - 1)]
+    uniform = torch.full((tokens, 1), routing == "uniform", device=DEVICE)
+    if routing == "mixed":
+        uniform = (torch.arange(tokens, device=DEVICE) // 64 % 2 == 1).unsqueeze(1)
+    return torch.where(uniform, indices, runs).contiguous(), weights.contiguous()
+
+
+def gate_and_input(x, gate, indices):
+    """A gate and x that choose ``indices`` in their order, each token for itself."""
+    wanted = torch.randn(len(x), len(gate), device=DEVICE)
+    places = torch.arange(indices.shape[1], 0, -1, device=DEVICE) + 4.0
+    wanted.clamp_(-3, 3).scatter_(1, indices, places.expand(indices.shape))
+    gate = torch.linalg.qr(gate.t()).Q.t().contiguous()
+    return gate, (x.float() + (wanted - x.float() @ gate.t()) @ gate).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", LISTED)
+def test_listed_is_the_reference(tokens, features, out, ranks, k, routing, dtype):
+    y, x, A, B, _, owner = problem(tokens, features, out, ranks, dtype)
+    indices, weights = routing_in(routing, tokens, len(ranks), k)
+    found = segments(owner)
+    counts, lists = choose.count(indices, found.count)
+    assert_lists(lists, counts)
+    s = listed.shrink_listed(x, A, indices, weights, lists, found)
+    there = choose.Lists(lists.slots.cpu(), lists.adapters.cpu(), lists.height)
+    most = lists.adapters.shape[1]
+    expected = listed.shrink_listed_ref(
+        x.cpu(), A.cpu(), indices.cpu(), weights.cpu(), there, found.starts.cpu(), s.shape[1] // most
+    )
+    slot = torch.arange(most).repeat_interleave(s.shape[1] // most)
+    defined = slot < there.slots.repeat_interleave(lists.height).unsqueeze(1)
+    assert defined[:64].any() == (routing != "uniform" or len(ranks) <= most)
+    close(torch.where(defined, s.cpu(), 0), expected, dtype)
+    assert torch.equal((s.cpu() == 0) & defined, (expected.to(dtype) == 0) & defined), "zero for those not chosen"
+    wanted = listed.expand_listed_ref(y.cpu(), s.cpu(), B.cpu(), there, found.starts.cpu())
+    close(listed.expand_listed(y, s, B, lists, found), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", LISTED)
+def test_listed_and_sorted_together(tokens, features, out, ranks, k, routing, dtype, monkeypatch):
+    monkeypatch.setattr(grouped, "MOST_TOKENS", 128)  # several rounds
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
+    indices, weights = routing_in(routing, tokens, len(ranks), k)
+    gate, x = gate_and_input(x, gate, indices)
+    exact = [tensor.float().clone() for tensor in (y, x, A, B)]
+    assert torch.equal((exact[1] @ gate.t()).topk(k).indices, indices)
+    result, found = y.clone(), segments(owner)
+    grouped.gated(result, x, pack(A, gate), B, found, len(ranks), k, 1.5)
+    close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5), dtype)
+    for given in (indices, indices.int()):
+        result = y.clone()
+        grouped.given(result, x, A, B, found, given, weights)
+        close(result, ops.mix_ref(*exact, owner, indices, weights), dtype)
+
+
+@given(
+    st.integers(1, 150), st.integers(1, 40), st.integers(1, 70), st.lists(st.integers(0, 20), min_size=1, max_size=12),
+    st.integers(1, 3), st.sampled_from(ROUTINGS), st.integers(1, 3), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_listed_and_sorted_of_any_shape(tokens, features, out, ranks, k, routing, each, seed):
+    ranks, k = [*ranks, 1], min(k, len(ranks) + 1)
+    y, x, A, B, _, owner = problem(tokens, features, out, ranks, seed=seed)
+    indices, weights = routing_in(routing, tokens, len(ranks), k, seed)
+    expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "LISTED_EACH", each)
+        grouped.given(y, x, A, B, segments(owner), indices, weights)
+    close(y, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_listed_what_is_not_finite_stays_in_its_token(value):
+    y, x, A, B, gate, owner = problem(80, 24, 20, [4] * 4)
+    found, others = segments(owner), torch.arange(80, device=DEVICE) != 2
+    assert choose.count(routing_of(80, 4, 2)[0], 4)[1].slots.all()
+    clean, spoiled = x.clone(), x.clone()
+    spoiled[2] = value
+    results = []
+    for x in (clean, spoiled):
+        results.append(y.clone())
+        grouped.gated(results[-1], x, pack(A, gate), B, found, 4, 2)
+    assert torch.equal(results[0][others], results[1][others])
+    assert torch.isnan(results[1][2]).all()
+
+
+def test_listed_an_adapter_is_not_felt_by_those_that_did_not_choose_it():
+    y, x, A, B, _, owner = problem(6, 16, 20, [4, 4, 4], torch.float16)
+    A[owner == 1] = 6e4  # overflows
+    indices = torch.tensor([[0, 2]], device=DEVICE).repeat(6, 1)
+    indices[4, 1] = 1
+    weights = torch.tensor([[0.75, 0.25]], device=DEVICE).repeat(6, 1)
+    expected = ops.mix_ref(y.float(), x.float(), A.float(), B.float(), owner, indices, weights)
+    grouped.given(y, x, A, B, segments(owner), indices, weights)
+    others = torch.arange(6, device=DEVICE) != 4
+    close(y[others], expected[others], torch.float16)
+
+
+def test_listed_an_adapter_that_is_chosen_twice():
+    y, x, A, B, _, owner = problem(70, 16, 20, [4, 3])
+    indices, weights = torch.ones(70, 2, dtype=torch.long, device=DEVICE), routing_of(70, 2, 2)[1].contiguous()
+    expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
+    grouped.given(y, x, A, B, segments(owner), indices, weights)
+    close(y, expected)
+
+
+def test_listed_twice_is_the_same():
+    y, x, A, B, _, owner = problem(200, 1100, 40, [16] * 9)
+    results = []
+    for _ in range(2):
+        results.append(y.clone())
+        grouped.given(results[-1], x, A, B, segments(owner), *routing_in("mixed", 200, 9, 2))
+    assert torch.equal(*results)
+
+
 def test_segments_are_found_once_and_again_after_a_change():
     owner = torch.tensor([0, 0, 2, 2, 2], device=DEVICE)
     found = segments(owner)
@@ -528,17 +711,43 @@ def test_where_the_grouped_way_fits():
 
 @needs_gpu
 @pytest.mark.parametrize("tokens", [2500, 5000])
-def test_grouped_in_a_graph_at_a_real_size(tokens):
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_grouped_in_a_graph_at_a_real_size(tokens, routing):
+    """What was captured with one routing is replayed with another, so neither way may be decided by the host."""
     y, x, A, B, gate, owner = problem(tokens, 2048, 1024, [64] * 28, torch.bfloat16)
+    gate, replayed = gate_and_input(x, gate, routing_in(routing, tokens, 28, 2)[0])
     packed = pack(A, gate)
     assert grouped.fits(tokens, owner, 2) is not None
     ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2)
     out, graph = y.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ops.gated_mix_(out, x, packed, B, owner, 28, 2)
-    x.copy_(torch.randn_like(x))
+    x.copy_(replayed)
     out.copy_(y)
     graph.replay()
     assert torch.equal(out, ops.gated_mix_(y.clone(), x, packed, B, owner, 28, 2))
     exact = [tensor.float() for tensor in (y, x, A, B)]
     close(out, ops.gated_mix_ref(*exact, gate, owner, 2), torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("features, out", [(4096, 4096), (1024, 8192), (8192, 512)])
+@pytest.mark.parametrize("k", [1, 2])
+def test_grouped_is_the_same_whether_or_not_launches_overlap(features, out, k, routing, monkeypatch):
+    torch.utils.deterministic.fill_uninitialized_memory = False  # its kernels would keep the others apart
+    y, x, A, B, gate, owner = problem(4000, features, out, [64] * 28, torch.bfloat16)
+    gate, x = gate_and_input(x, gate, routing_in(routing, 4000, 28, k)[0])
+    packed = pack(A, gate)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "overlaps", lambda tensor: False)
+        expected = ops.gated_mix_(y.clone(), x, packed, B, owner, 28, k)
+    close(expected, ops.gated_mix_ref(*(t.float() for t in (y, x, A, B)), gate, owner, k), torch.bfloat16)
+    ops.gated_mix_(y.clone(), x, packed, B, owner, 28, k)
+    out, graph = y.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.gated_mix_(out, x, packed, B, owner, 28, k)
+    for _ in range(20):
+        out.copy_(y)
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -1,0 +1,123 @@
+"""Compiled decoder layers: the gradients of layers that are not, and one graph for all of them and all shapes."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel
+from meteora.batches import Sample, collate
+from meteora.compiling import compiled_layers, worth_compiling
+from meteora.training import _forward_joint, _forward_local, _token_weights
+from meteora.training_loop import response_losses
+
+CPU = torch.device("cpu")
+SHAPES = [(3, 9), (4, 8), (2, 12), (5, 7)]
+
+
+@pytest.fixture
+def model(core, tiny_llama, mixed_adapters, tmp_path):
+    fewer = core.make_adapter(tmp_path / "fewer", tiny_llama, target_modules=["q_proj", "down_proj"], r=2)
+    model = MeteoraModel.from_adapters(
+        tiny_llama, {"one": fewer, "two": mixed_adapters["three"]}, MeteoraConfig(top_k=2)
+    )
+    return core.randomize_gates(model, std=0.3)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def batch_of(rows, tokens):
+    """The last of the samples has all of the tokens, the others fewer; the last two tokens are the response."""
+    generator = torch.Generator().manual_seed(rows)
+    samples = []
+    for n in range(rows):
+        length = tokens if n == rows - 1 else 3 + n
+        ids = torch.randint(3, 64, (length,), generator=generator).tolist()
+        samples.append(Sample(ids, [False] * (length - 2) + [True] * 2, [n % 2] * length))
+    return collate(samples, 2, CPU)
+
+
+def forced(model, batch, backward=True):
+    """The step of `train_adapters`."""
+    with model.route_to([model.adapter_names[task] for task in batch.tasks]), torch.set_grad_enabled(backward):
+        losses = response_losses(model, batch)
+        if backward:
+            losses.sum().backward()
+    return losses.detach()
+
+
+def joint(model, batch):
+    config = GateTrainingConfig(beta=3.0)
+    return _forward_joint(model, batch, config, _token_weights(batch, config, 20, 3), 6)
+
+
+def gate(model, batch):
+    config = GateTrainingConfig(objective="gate")
+    return _forward_local(model, batch, config, _token_weights(batch, config, 20, 3), 6)
+
+
+def steps(model, parameters, step):
+    """Result and gradients, by name, of one step for each of the shapes."""
+    found = []
+    for shape in SHAPES:
+        for parameter in parameters.values():
+            parameter.grad = None
+        result = step(model, batch_of(*shape))
+        found.append((result, {name: parameter.grad.clone() for name, parameter in parameters.items()}))
+    return found
+
+
+def assert_graphs(count):
+    assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("step", "trained"), [(forced, "lora_"), (joint, "gate.weight"), (gate, "gate.weight")])
+def test_gradients_are_those_of_eager_layers_and_one_graph_is_enough(model, step, trained):
+    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if trained in name}
+    eager = steps(model, parameters, step)
+    with compiled_layers(model, True, "aot_eager"):
+        compiled = steps(model, parameters, step)
+        assert_graphs(1)
+    for (expected, gradients), (result, found) in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(result, expected)
+        for name, gradient in gradients.items():
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    again = steps(model, parameters, step)  # nothing is left of it
+    assert_graphs(1)
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(again, eager, strict=True))
+
+
+def test_passes_without_gradients_are_one_graph_more(model):
+    for layer in model.layers.values():
+        layer.lora_A.requires_grad_(True)
+    with compiled_layers(model, True, "aot_eager"):
+        for shape in SHAPES:
+            batch = batch_of(*shape)
+            torch.testing.assert_close(forced(model, batch), forced(model, batch, backward=False))
+    assert_graphs(2)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(model):
+    def failing(graph, inputs):
+        raise RuntimeError("no compiler found")
+
+    batch = batch_of(3, 9)
+    expected = forced(model, batch, backward=False)
+    with compiled_layers(model, True, failing):
+        assert torch.equal(forced(model, batch, backward=False), expected)
+
+
+def test_compiled_for_a_gpu_alone_and_for_whole_plain_models(model, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("meteora.backends.triton.INSTALLED", True)
+    assert worth_compiling(model, gpu) and not worth_compiling(model, CPU)
+    model.base_model.hf_device_map = {"": 0}
+    assert not worth_compiling(model, gpu)
+    del model.base_model.hf_device_map
+    monkeypatch.setattr("meteora.backends.triton.INSTALLED", False)
+    assert not worth_compiling(model, gpu)
