@@ -23,6 +23,7 @@ from meteora.kernels.tiles import leave, segment
 
 COLUMNS = 128  # of s, which one program of shrink computes: two adapters of rank 64
 PROGRAMS = 200  # of shrink, if all lists are full, which tiles are cut along the inner dimension not to exceed
+LONG, LONG_PROGRAMS = 8192, 256  # the inner dimension from which more pieces, and one more launch, paid (measured: 14336)
 LEAST_INNER = 512  # that a piece of it has
 
 
@@ -153,7 +154,8 @@ def shrink_listed(
     BC = block(most * width, 64 if wide else COLUMNS)
     BK, stages = (32, 2) if wide else (64, 4)
     chunks = cdiv(most * width, BC)
-    splits = max(1, min(8, PROGRAMS // (blocks * chunks), K // LEAST_INNER))
+    programs = LONG_PROGRAMS if K >= LONG else PROGRAMS
+    splits = max(1, min(8, programs // (blocks * chunks), K // LEAST_INNER))
     piece = cdiv(cdiv(K, splits), BK) * BK
     splits = cdiv(K, piece)
     s = x.new_empty(blocks * lists.height, most * width)

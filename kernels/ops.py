@@ -197,6 +197,7 @@ def _setup_gated(ctx, inputs, output) -> None:
     _, x, _, B, gate, packed, column_adapter, _, temperature = inputs
     _, raw, indices, weights = output
     ctx.mark_non_differentiable(raw, indices, weights)
+    ctx.set_materialize_grads(False)  # those three have no gradients, which would be three tensors of zeros
     ctx.save_for_backward(x, B, packed, column_adapter, raw, indices, weights)
     ctx.num_adapters, ctx.temperature = len(gate), temperature
 
@@ -222,6 +223,7 @@ def _backward_gated(ctx, dy, *_) -> tuple:
 def _setup_mix(ctx, inputs, output) -> None:
     _, x, A, B, column_adapter, indices, weights = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, A, B, column_adapter, indices, weights, output[1])
 
 

@@ -135,8 +135,11 @@ class _AdapterTrainer:
         """This batch's part (N,) of every adapter's mean loss over ``responses`` tokens."""
         tasks = torch.tensor(batch.tasks, device=self.run.device)
         tokens = torch.tensor([float(responses[task]) for task in batch.tasks], device=self.run.device)
-        with self.model.route_to([self.names[task] for task in batch.tasks]):
+        self.model.state.own = torch.nn.functional.one_hot(tasks, len(self.names)).float()
+        try:
             parts = response_losses(self.model, batch) * (batch.weight / tokens)
+        finally:
+            self.model.state.own = None
         if backward:
             parts.sum().backward()
         return torch.zeros(len(self.names), device=self.run.device).index_add(0, tasks, parts.detach())

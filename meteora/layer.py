@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meteora.adapters import LoraWeights
 from meteora.backends import get_gated_mix, get_mix
+from meteora.backends.own import mix_own
 from meteora.gating import Routing, forced, gate_logits, route
 from meteora.kernels.packing import pack
 from meteora.trace import Trace
@@ -62,6 +63,7 @@ class MixtureState:
     absolute_logits: bool = False  # the gates' rows are Arrow's prototypes, whose sign means nothing
     enabled: bool = True
     forced: ForcedAdapters | None = None
+    own: Tensor | None = None  # (samples, N) one-hot: adapters of one rank are trained, each on its own samples
     trace: Trace | None = None
     gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
     warning: str | None = None  # said once, when untrained gates choose; None once they are trained
@@ -145,10 +147,13 @@ class MeteoraLinear(nn.Module):
         state, device = self.state, y.device.type
         if not state.enabled:
             return y
+        A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
+        if state.own is not None:
+            with torch.autocast(device, enabled=False):
+                return mix_own(y, x.to(y.dtype), A, B, state.own.to(y.dtype))
         if torch.is_grad_enabled() and type(self.base_layer) is not nn.Linear and y._is_view():
             y = y.clone()  # the mixture is added in place, which autograd forbids in a view of bitsandbytes' making
         tokens, flat = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
-        A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         gated_mix = get_gated_mix(state.backend, device) if self._gate_can_be_fused(x, y) else None
         # Autocast has done its part in choosing y's type; inside, it would mix types where y is not of its own.
         with torch.autocast(device, enabled=False):

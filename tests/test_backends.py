@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meteora.backends import MIXERS, get_gated_mix, get_mix, resolve, triton
+from meteora.backends.own import mix_own
 from meteora.gating import Routing
 
 NAMES = ["bmm", "dense", "loop"]  # in plain torch, and so in any dtype; the fourth is tested in test_kernels.py
@@ -116,6 +117,25 @@ def test_what_is_not_finite_stays_in_its_token(backend, value):
     others = [0, 1, 3, 4]
     torch.testing.assert_close(result[others], clean[others])
     assert not torch.isfinite(result[2]).any()
+
+
+def test_own_adapters_are_a_routing_of_whole_samples():
+    samples, tokens, adapters, rank = 4, 3, 3, 2
+    y, x, A, B, owner, _ = problem([rank] * adapters, samples * tokens, 1)
+    chosen = torch.tensor([2, 0, 2, 1])
+    routing = Routing(chosen.repeat_interleave(tokens)[:, None], torch.ones(samples * tokens, 1))
+    results = []
+    for way in ("own", "given"):
+        leaves = [t.clone().requires_grad_() for t in (y, x, A, B)]
+        if way == "own":
+            own = torch.nn.functional.one_hot(chosen, adapters).to(y.dtype)
+            shaped = (t.unflatten(0, (samples, tokens)) for t in leaves[:2])
+            out = mix_own(*shaped, *leaves[2:], own).flatten(0, 1)
+        else:
+            out = reference(*leaves, owner, routing)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_names():

@@ -23,6 +23,13 @@ def model(core, tiny_llama, mixed_adapters, tmp_path):
     return core.randomize_gates(model, std=0.3)
 
 
+@pytest.fixture
+def equal(core, tiny_llama, tmp_path):
+    """With adapters of one rank and the same modules, as they are trained."""
+    paths = {name: core.make_adapter(tmp_path / name, tiny_llama, r=3, seed=n) for n, name in enumerate(("one", "two"))}
+    return MeteoraModel.from_adapters(tiny_llama, paths)
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     torch.compiler.reset()
@@ -43,11 +50,19 @@ def batch_of(rows, tokens):
 
 
 def forced(model, batch, backward=True):
-    """The step of `train_adapters`."""
     with model.route_to([model.adapter_names[task] for task in batch.tasks]), torch.set_grad_enabled(backward):
         losses = response_losses(model, batch)
         if backward:
             losses.sum().backward()
+    return losses.detach()
+
+
+def own(model, batch):
+    """The step of `train_adapters`."""
+    model.state.own = torch.nn.functional.one_hot(torch.tensor(batch.tasks), 2).float()
+    losses = response_losses(model, batch)
+    model.state.own = None
+    losses.sum().backward()
     return losses.detach()
 
 
@@ -76,8 +91,11 @@ def assert_graphs(count):
     assert counters["stats"]["unique_graphs"] == count and not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("step", "trained"), [(forced, "lora_"), (joint, "gate.weight"), (gate, "gate.weight")])
-def test_gradients_are_those_of_eager_layers_and_one_graph_is_enough(model, step, trained):
+@pytest.mark.parametrize(
+    ("step", "trained"), [(own, "lora_"), (forced, "lora_"), (joint, "gate.weight"), (gate, "gate.weight")]
+)
+def test_gradients_are_those_of_eager_layers_and_one_graph_is_enough(request, step, trained):
+    model = request.getfixturevalue("equal" if step is own else "model")
     parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if trained in name}
     eager = steps(model, parameters, step)
     with compiled_layers(model, True, "aot_eager"):

@@ -556,10 +556,10 @@ def test_grouped_twice_is_the_same():
 
 LISTED = [
     # tokens, features, out, ranks, k
-    (1, 16, 16, [16], 1),
+    (1, 16, 16, [16, 16], 2),
     (70, 33, 65, [5, 1, 0, 40, 3, 8, 9, 2, 7], 3),  # nothing is a multiple of anything
     (200, 72, 136, [8, 0, 16, 8, 24, 8, 8, 0], 2),  # aligned segments; the last adapter is unknown to them
-    (130, 1100, 40, [64] * 5, 1),  # the inner dimension in pieces
+    (130, 1100, 40, [64] * 7, 2),  # the inner dimension in pieces
     (150, 1040, 150, [64] * 6, 2),  # and more than one program's columns
     (90, 24, 20, [150, 3, 70, 1, 2], 2),  # a rank of several chunks
 ]
@@ -678,6 +678,12 @@ def test_listed_an_adapter_that_is_chosen_twice():
     expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
     grouped.given(y, x, A, B, segments(owner), indices, weights)
     close(y, expected)
+
+
+def test_nothing_is_listed_for_one_choice():
+    counts, lists = choose.count(torch.zeros(64, 1, dtype=torch.int64, device=DEVICE), 4)
+    assert lists.adapters.shape == (1, 0) and counts.sum() == 64
+    assert choose.most_listed(4, 2) == 4 and not choose.most_listed(4, 1)
 
 
 def test_listed_twice_is_the_same():
