@@ -11,8 +11,9 @@ import pytest
 
 import meteora
 from data_prep.base_models import load_base_model
+from meteora.study.benchmark_rows import RowFile, make_row
 from meteora.study.profiles import REPOSITORY
-from meteora.study.readme import NO_RESULTS, README, claims_block, fill, results_block
+from meteora.study.readme import NO_RESULTS, README, READMES, claims_block, fill, results_block, speed_block
 from meteora.study.tables import interval_text
 
 TEXT = README.read_text(encoding="utf-8")
@@ -25,8 +26,10 @@ def changed_in_checkout(folder: str) -> bool:
 
 
 @pytest.mark.skipif(changed_in_checkout("results"), reason="results/ holds a run that is not committed")
-def test_generated_tables_are_up_to_date() -> None:
-    assert fill(TEXT) == TEXT, "run .venv/bin/meteora-study --readme"
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_generated_tables_are_up_to_date(path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert fill(text, READMES[path]()) == text, "run .venv/bin/meteora-study --readme"
 
 
 def test_drift_is_noticed() -> None:
@@ -37,6 +40,24 @@ def test_drift_is_noticed() -> None:
 def test_missing_markers_are_named() -> None:
     with pytest.raises(ValueError, match="results: end"):
         fill(TEXT.replace("<!-- results: end -->", ""))
+
+
+def test_speed_block(tmp_path) -> None:
+    assert speed_block(tmp_path) == NO_RESULTS
+    metrics = tmp_path / "smollm2" / "metrics"
+    metrics.mkdir(parents=True)
+    setting = {
+        "workload": "model", "mode": "decode", "routing": "uniform", "batch": 8, "tokens": 1024, "adapters": 28, "rank": 8,
+        "top_k": 2, "in_features": 4096, "out_features": 128256, "dtype": "bfloat16",
+    }  # fmt: skip
+    times = [("base", "graph", 10e3), ("triton", "graph", 11e3), ("base", "eager", 20e3), ("loop", "eager", 300e3)]
+    times += [("triton", "eager", 90e3), ("bmm", "graph", None)]
+    file = RowFile(metrics / "benchmark.csv", {"device": "a GPU", "torch": "2", "triton": "3"})
+    rows = [({**setting, "backend": b, "launch": launch}, value and [value] * 3) for b, launch, value in times]
+    file.append(make_row(row, "time_us", values, unit="us") for row, values in rows)
+    block = speed_block(tmp_path)
+    assert "| next token behind 1,023, batch of 8 | 10.0 ms |  | 1.10x |  |  | 15x* |" in block
+    assert "on one a GPU" in block and "28 adapters of rank 8" in block
 
 
 def test_results_block(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The parts of README.md that are made from other files: the results that are recorded here, and the profiles."""
+"""The parts of README.md and kernels/README.md that are made from other files: recorded results, and the profiles."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from pathlib import Path
 import pandas as pd
 
 from meteora.study.artifacts import write_text
+from meteora.study.benchmark_results import aims_table, side_by_side
+from meteora.study.benchmark_rows import read_rows
 from meteora.study.claims import COLUMNS, claims_table
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
 from meteora.study.tables import in_order, interval_text, label, table1, table1_caption, to_markdown
 
-README = REPOSITORY / "README.md"
+README, KERNELS = REPOSITORY / "README.md", REPOSITORY / "kernels" / "README.md"
+KERNELS_RUN = "smollm2"  # the profile whose record tells of the kernels
 RESULTS = REPOSITORY / "results"
 ORDER = ("smoke", "laptop", "smollm2", "llama3-8b", "llama2-13b")
+SPEED_COLUMNS = {
+    "single_lora": "PEFT, one adapter", "triton": "MeteoRA, `triton`", "dense": "`dense`", "bmm": "`bmm`", "loop": "`loop`",
+}  # fmt: skip
 NO_RESULTS = "No run is recorded in this checkout yet: `./run_all.sh` makes one and writes it to `results/laptop/`.\n"
 
 
@@ -61,6 +67,39 @@ def _composites(composite: pd.DataFrame) -> str:
     return to_markdown(pd.DataFrame(rows), caption)
 
 
+def speed_block(results: Path = RESULTS) -> str:
+    """How much longer a whole decoder takes with its adapters, by strategy; of the largest recorded run that timed one."""
+    for name in reversed(ORDER):
+        path = results / name / "metrics" / "benchmark.csv"
+        rows = read_rows(path) if path.is_file() else pd.DataFrame({"workload": []})
+        rows = rows[rows["workload"] == "model"]
+        if len(rows):
+            return _whole_models(rows)
+    return NO_RESULTS
+
+
+def _whole_models(rows: pd.DataFrame) -> str:
+    """One row a prompt length or a number of contexts, one column a strategy; eager where no graph can hold it."""
+    times = rows[rows["metric"] == "time_us"].dropna(subset="value")
+    lines = []
+    for (mode, batch, tokens), cells in times.groupby(["mode", "batch", "tokens"], sort=False):
+        value = cells.set_index(["launch", "backend"])["value"]
+        what = f"prompt of {tokens:,} tokens" if mode == "prefill" else f"next token behind {tokens - 1:,}, batch of {batch}"
+        line = {"": what, "base model": f"{value['graph', 'base'] / 1000:.1f} ms"}
+        for backend, column in SPEED_COLUMNS.items():
+            launch = next((name for name in ("graph", "eager") if (name, backend) in value), None)
+            ratio = value[launch, backend] / value[launch, "base"] if launch else None
+            line[column] = f"{ratio:.{2 if ratio < 10 else 0}f}x" + "*" * (launch == "eager") if launch else ""
+        lines.append(line)
+    first = rows.iloc[0]
+    caption = (
+        f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
+        f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
+        "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy."
+    )
+    return to_markdown(pd.DataFrame(lines), caption)
+
+
 def claims_block(results: Path = RESULTS) -> str:
     """The paper's claims, each with what the largest recorded run that measured it says, and the command for it.
 
@@ -84,23 +123,98 @@ def claims_block(results: Path = RESULTS) -> str:
     return to_markdown(pd.DataFrame(measured, columns=COLUMNS)) if measured else NO_RESULTS
 
 
-def fill(text: str, results: Path = RESULTS) -> str:
-    """README's text with its marked blocks made anew."""
-    blocks = {"results": results_block(results), "profiles": profiles_block(), "claims": claims_block(results)}
-    for name, block in blocks.items():
+def ratios_block(results: Path = RESULTS) -> str:
+    """One layer's time as a multiple of one LoRA, top-2 of 28 adapters, by backend ``triton`` in CUDA graphs."""
+    times = side_by_side(read_rows(results / KERNELS_RUN / "metrics" / "benchmark.csv"))
+    ratios = (times["triton"] / times["single_lora"]).rename("ratio").reset_index()
+    ratios = ratios[(ratios["adapters"] == 28) & (ratios["top_k"] == 2)]
+    rows = []
+    for (mode, rank, columns, width, routing), cells in ratios.groupby(
+        ["mode", "rank", "in_features", "out_features", "routing"], sort=False
+    ):
+        by_tokens = cells.set_index("tokens")["ratio"].sort_index()
+        layer = {"": mode, "rank": rank, "layer": f"{columns} → {width}", "routing": routing}
+        rows.append(layer | {f"{tokens:,}": f"{ratio:.2f}" for tokens, ratio in by_tokens.items()})
+    rows.sort(key=lambda row: (row[""] != "forward", row["rank"], row["layer"], row["routing"] != "uniform"))
+    return to_markdown(pd.DataFrame(rows))
+
+
+def aims_block(results: Path = RESULTS) -> str:
+    """What this project aims at, and in how many of the settings measured it is so."""
+    aims = aims_table(read_rows(results / KERNELS_RUN / "metrics" / "benchmark.csv"))
+    rows = [
+        {
+            "what": row.case,
+            "aim": row.aim,
+            "median": f"{row.median:.2f}",
+            "worst": f"{row.worst:.2f} ({row.worst_at})",
+            "reached in": f"{row.within} of {row.settings}",
+        }
+        for row in aims.itertuples()
+        if row.backend != "auto" or len(aims[aims["case"] == row.case]) == 1
+    ]
+    return to_markdown(pd.DataFrame(rows))
+
+
+def profile_block(results: Path = RESULTS) -> str:
+    """Where the time of a forward pass goes, kernel by kernel: of 4096 tokens or few, top-2 of 28 adapters."""
+    frame = pd.read_csv(results / KERNELS_RUN / "metrics" / "kernel_profile.csv")
+    frame = frame[frame["mode"] == "forward"]
+    rows = []
+    cases = ["rank", "in_features", "out_features", "tokens", "routing", "backend"]
+    for (rank, columns, width, tokens, routing, backend), kernels in frame.groupby(cases, sort=False):
+        steps = [
+            f"{_kernel(row.kernel)} {row.time_us:.1f} ({row.memory:.0%}, {row.compute:.0%})" for row in kernels.itertuples()
+        ]
+        layer = {"layer": f"{columns} → {width}", "rank": rank, "tokens": f"{tokens:,}", "routing": routing}
+        total = f"{kernels['time_us'].sum():.1f}"
+        rows.append(layer | {"": _strategy(backend), "us": total, "kernels: us (memory, compute)": ", ".join(steps)})
+    return to_markdown(pd.DataFrame(rows))
+
+
+def _kernel(name: str) -> str:
+    """A kernel's name, short: our own functions', or whose it is."""
+    if name.startswith("_"):
+        return f"`{name[1:]}`"
+    return "cuBLAS's sum of splits" if "splitKreduce" in name else "cuBLAS"
+
+
+def _strategy(backend: str) -> str:
+    return {"single_lora": "one LoRA", "triton": "ours"}[backend]
+
+
+def fill(text: str, blocks: dict[str, str] | None = None) -> str:
+    """A README's text with its marked blocks made anew; by default those of the repository's own."""
+    for name, block in (readme_blocks() if blocks is None else blocks).items():
         begin, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md must have the lines {begin!r} and {end!r} once each.")
+            raise ValueError(f"the README must have the lines {begin!r} and {end!r} once each.")
         text = re.sub(
             f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{block}{end}", text, flags=re.DOTALL
         )
     return text
 
 
-def update() -> bool:
-    """Bring README.md up to date; whether anything changed."""
-    old = README.read_text(encoding="utf-8")
-    new = fill(old)
-    if new != old:
-        write_text(README, new)
-    return new != old
+def readme_blocks() -> dict[str, str]:
+    """Name -> text of the generated blocks of README.md."""
+    return {"results": results_block(), "speed": speed_block(), "profiles": profiles_block(), "claims": claims_block()}
+
+
+def kernels_blocks() -> dict[str, str]:
+    """Name -> text of the generated blocks of kernels/README.md."""
+    return {"ratios": ratios_block(), "aims": aims_block(), "profile": profile_block()}
+
+
+READMES = {README: readme_blocks, KERNELS: kernels_blocks}
+
+
+def update() -> list[str]:
+    """Bring the READMEs up to date; the names of those that have changed."""
+    changed = []
+    for path, blocks in READMES.items():
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, blocks())
+        if new != old:
+            write_text(path, new)
+            changed.append(str(path.relative_to(REPOSITORY)))
+    return changed

@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--only", metavar="NN", help="run this notebook alone")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs of these notebooks left")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and downloaded; start nothing")
-    parser.add_argument("--readme", action="store_true", help="bring README.md's tables up to date; run nothing")
+    parser.add_argument("--readme", action="store_true", help="bring the READMEs' tables up to date; run nothing")
     return parser
 
 
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.readme:
             from meteora.study.readme import update  # pandas and scipy, which a run of skips does without
 
-            print("README.md has changed" if update() else "README.md is up to date")
+            print(f"{' and '.join(changed)} changed" if (changed := update()) else "the READMEs are up to date")
             return 0
         workspace = Workspace(load_profile(options.profile))
         stages = select_stages(options.start, options.only, profile=workspace.profile)
