@@ -15,9 +15,10 @@ from data_prep.prepare import load_split
 from meteora import MeteoraModel, train_gates
 from meteora.adapters import load_adapter
 from meteora.batches import by_task, collate, encode
+from meteora.study import ablation_studies
 from meteora.study import ablations as core
 from meteora.study import figures_ablations as figures
-from meteora.study.ablation_studies import STUDIES
+from meteora.study.ablation_studies import STUDIES, run_studies
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
 from meteora.study.ablations_formats import training_data
 from meteora.study.ablations_gates import _trained_gates, nested_tasks
@@ -152,6 +153,20 @@ def test_gates_that_come_after_others_go_on_from_them(ablations, whole, monkeypa
     train_gates(first, dataset, config, tokenizer=ablations.study.tokenizer)
     for name, layer in first.layers.items():
         assert torch.allclose(then.layers[name].gate.weight, layer.gate.weight, atol=1e-6)
+
+
+def test_studies_run_without_a_notebook_until_the_time_is_up(workspace, ablations, whole, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    assert run_studies(ablations, ["reference", "top_k"])
+    assert "top_k: k=1" in caplog.text and "accuracy" in caplog.text
+    produced = []
+    monkeypatch.setitem(STUDIES, "mine", lambda ablations: (Variant(f"v{n}", {"n": n}, produced.append) for n in range(3)))
+    assert not run_studies(ablations, ["mine"], time_limit=-1) and not produced
+
+
+def test_studies_of_a_profile_without_them(caplog):
+    assert ablation_studies.main(["--profile", "laptop"]) == 2
+    assert "laptop" in caplog.text and "ablations" in caplog.text
 
 
 # What the rows say ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from data_prep.toy import toy_examples
 from meteora import MeteoraModel
 from meteora.config import TrainingConfig
 from meteora.study.baselines import share_weights
+from meteora.study.decoding import TranscriptBatch
 from meteora.study.evaluation import generate_answers
+from meteora.study.graphs import can_be_fixed
 from meteora.study.transcripts import gate_examples
 from meteora.study.xlora import XLora, train_xlora, xlora_method
 
@@ -79,6 +81,27 @@ def test_the_cache_changes_nothing(base, xlora):
                 break
             written.append(scores.argmax().item())
         assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer
+
+
+def test_steps_over_caches_of_fixed_size_change_nothing(base, xlora):
+    tokenizer = base[1]
+    prompts = [tokenizer(text)["input_ids"] for text in ("hello there", " xyz", "a much longer prompt")]
+    answers = []
+    for fixed in (False, True):
+        batch = TranscriptBatch(xlora, 3, pad_token_id=tokenizer.pad_token_id, eos_token_id=-1, fixed=fixed)
+        batch.extend(prompts)
+        first = batch.decode([9, 4, 9])
+        batch.extend([[5, 6], [7], [8]])
+        answers.append([first, batch.decode([6, 9, 9])])
+        assert batch._steps is None and all(len(part.layers) for part in batch._cache.parts)
+    assert answers[0] == answers[1]
+
+
+def test_it_can_be_recorded_as_other_models_can(base, xlora):
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = xlora(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+    assert can_be_fixed(xlora, cache)
 
 
 def test_training_lowers_the_loss_and_touches_the_classifier_alone(base, xlora, dataset, tmp_path):

@@ -1,9 +1,22 @@
-"""Every study of notebook 06 by its name, in the order in which they stand there."""
+"""Every study of notebook 06 by its name, in the order in which they stand there.
+
+A machine without notebooks runs some of them by::
+
+    python -P -m meteora.study.ablation_studies --profile smollm2 --studies reference gates --time-limit 500
+
+What they find is kept in ``artifacts/<profile>/ablations``, variant by variant, and notebook 06 takes it from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 
+import pandas as pd
+
+from data_prep.errors import DataError
 from meteora.study import (
     ablations_composites,
     ablations_formats,
@@ -13,6 +26,10 @@ from meteora.study import (
     ablations_tasks,
 )
 from meteora.study.ablations import Ablations, Variant, reference_study
+from meteora.study.artifacts import ArtifactError, Workspace, set_up
+from meteora.study.profiles import ProfileError, load_profile
+
+logger = logging.getLogger(__name__)
 
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     "reference": reference_study,
@@ -23,3 +40,50 @@ STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     **ablations_formats.STUDIES,
     **ablations_speed.STUDIES,
 }
+
+
+def run_studies(ablations: Ablations, names: Sequence[str], *, time_limit: float | None = None) -> bool:
+    """Run these studies and log each variant's means and time; whether all are done.
+
+    Args:
+        time_limit: seconds after which no other variant is begun. The same call goes on later.
+    """
+    end = None if time_limit is None else time.monotonic() + time_limit
+    for name in names:
+        for variant in STUDIES[name](ablations):
+            if end is not None and time.monotonic() > end:
+                return False
+            found = ablations.run(name, [variant])
+            logger.info("%s: %s\n%s", name, variant.name, _summary(found))
+    return True
+
+
+def _summary(rows: pd.DataFrame) -> str:
+    """What is no single task's."""
+    rows = rows[rows["task"].isna() | (rows["task"] == "ALL")]
+    return rows[["method", "metric", "value", "low", "high"]].dropna(axis=1, how="all").to_string(index=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 (also when the time is up), 2 for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -P -m meteora.study.ablation_studies", description="Run ablations.")
+    parser.add_argument("--profile", default="smollm2", metavar="NAME", help="a profile's name or .yaml file (smollm2)")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="instead of all")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no variant after that time")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        workspace = Workspace(load_profile(options.profile))
+        if workspace.profile.ablations is None:
+            raise ProfileError(f"profile {workspace.profile.name!r} has no section ablations; give it one")
+        ablations = Ablations(workspace, device=set_up(workspace.profile))
+        complete = run_studies(ablations, options.studies, time_limit=options.time_limit)
+    except (ProfileError, ArtifactError, DataError) as error:
+        logger.error("error: %s", error)
+        return 2
+    logger.info("%s", "complete" if complete else "The time is up; the same command goes on where this one stopped.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -32,18 +32,22 @@ _refused: WeakSet[torch.nn.Module] = WeakSet()  # models whose steps could not b
 def can_be_fixed(model: torch.nn.Module, cache: Any) -> bool:
     """Whether `FixedSteps` computes what the model does, and a GPU may be able to record it.
 
-    Left out are caches of another kind (X-LoRA has two; a sliding window moves), attention that wants another mask,
-    PEFT's own models (Arrow copies its scalings to the GPU in every layer of every pass), models on several devices,
-    of which a recording would see one, and those that failed before.
+    Left out are caches of another kind (a sliding window moves), attention that wants another mask, PEFT's own models,
+    models on several devices, of which a recording would see one, and those that failed before.
     """
     return (
-        type(cache) is DynamicCache
-        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        all(type(part) is DynamicCache for part in _parts(cache))
+        and all(type(layer) is DynamicLayer for part in _parts(cache) for layer in part.layers)
         and not isinstance(model, PeftModel)
         and model.config._attn_implementation in ("sdpa", "eager")
         and model not in _refused
         and len({parameter.device for parameter in model.parameters()}) == 1
     )
+
+
+def _parts(cache: Any) -> Sequence[Any]:
+    """The caches that a cache consists of: X-LoRA's is two, of which each has its layers."""
+    return getattr(cache, "parts", (cache,))
 
 
 class FixedLayer(DynamicLayer):
@@ -86,15 +90,16 @@ class FixedSteps:
         most: steps that may follow.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: DynamicCache, mask: Tensor, most: int) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: torch.nn.Module, cache: Any, mask: Tensor, most: int) -> None:
+        self._model, self._cache, self._parts = model, cache, _parts(cache)
         batch, self._columns = mask.shape
         capacity = -(-(self._columns + min(most, ROOM)) // ROUND) * ROUND
         self.room = capacity - self._columns  # steps that are left
-        device, dtype = mask.device, cache.layers[0].keys.dtype
+        device, dtype = mask.device, self._parts[0].layers[0].keys.dtype
         self._place = torch.tensor([self._columns], device=device)
-        for n, layer in enumerate(cache.layers):  # one after the other, so that one layer at most is there twice
-            cache.layers[n] = FixedLayer(layer, capacity, self._place)
+        for part in self._parts:
+            for n, layer in enumerate(part.layers):  # one after the other, so that one layer at most is there twice
+                part.layers[n] = FixedLayer(layer, capacity, self._place)
         # What attention adds to its scores. Of four dimensions, which transformers passes on as it is.
         self._hidden = torch.full((batch, 1, 1, capacity), -torch.inf, dtype=dtype, device=device)
         self._hidden[:, 0, 0, : self._columns].masked_fill_(mask.bool(), 0.0)
@@ -129,8 +134,8 @@ class FixedSteps:
 
     def close(self) -> Tensor:
         """Let the cache grow again, and return its mask (B, columns)."""
-        for n, layer in enumerate(self._cache.layers):
-            self._cache.layers[n] = layer.give_back(self._columns)
+        for part in self._parts:
+            part.layers[:] = [layer.give_back(self._columns) for layer in part.layers]
         return (self._hidden[:, 0, 0, : self._columns] == 0).long()
 
 

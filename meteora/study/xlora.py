@@ -54,6 +54,10 @@ class TwoCaches:
     deciding: Any
     answering: Any
 
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        return self.deciding, self.answering
+
     def batch_select_indices(self, indices: Tensor) -> None:
         self.deciding.batch_select_indices(indices)
         self.answering.batch_select_indices(indices)
@@ -82,6 +86,7 @@ class XLora(torch.nn.Module):
             # One set of weights serves all layers (PEFT's default), so the classifier is told of a single layer.
             classifier = XLoraClassifier(model, config, count, 1, torch.device("cpu"))
         self.classifier = classifier.to(device).float()  # it is trained, which bfloat16 would not survive
+        self.config = model.config
 
     def weights(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, hidden) -> the adapters' weights (B * S, N); every row sums to 1."""
