@@ -211,3 +211,9 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device, weight
     labels = input_ids.where(is_response, IGNORE)
     tensors = (tensor.to(device) for tensor in (input_ids, real.long(), labels, token_tasks))
     return Batch(*tensors, [sample.task for sample in samples], weight)
+
+
+def response_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For labels (B, S) the places (P,) among the B * S tokens behind which a response's token comes, and those tokens."""
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]

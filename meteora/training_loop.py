@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from meteora.batches import IGNORE, Batch, Sample, balanced_steps, by_length, collate
+from meteora.batches import IGNORE, Batch, Sample, balanced_steps, by_length, collate, response_places
 from meteora.config import TrainingConfig
 from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel
@@ -158,7 +158,8 @@ class TrainingRun:
         if self._checkpoint is None or not self._checkpoint.is_file():
             return 0
         state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
-        if state["identity"] != self._identity:
+        shapes = [[tensor.shape for tensor in tensors] for tensors in (state["parameters"], parameters)]
+        if state["identity"] != self._identity or shapes[0] != shapes[1]:
             return 0
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -171,24 +172,27 @@ class TrainingRun:
 
 
 def response_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross-entropy (B,) float32 of every sample's response tokens.
+    """Summed cross-entropy (B,) float32 of every sample's response tokens."""
+    losses = place_losses(model, batch.input_ids, *response_places(batch.labels))
+    places = batch.labels[:, 1:] != IGNORE
+    return losses.new_zeros(places.shape).masked_scatter(places, losses).sum(dim=1)
+
+
+def place_losses(model: nn.Module, input_ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (P,) float32 of the tokens ``targets`` (P,) behind P ``places`` of the tokens ``input_ids`` (B, S).
 
     The model is given no attention mask: behind a causal mask no token sees the padding on its right, and attention
     without a mask of its own is faster. What comes out at the padding is not looked at.
     """
-    targets = batch.labels[:, 1:]
-    places = targets != IGNORE
-    rows, columns = places.nonzero(as_tuple=True)
-    with _head_at(model, rows, columns) as picked:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    logits = logits[0] if picked else logits[rows, columns]
-    losses = nn.functional.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
-    return losses.new_zeros(places.shape).masked_scatter(places, losses).sum(dim=1)
+    with _head_at(model, places) as picked:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    logits = logits[0] if picked else logits.flatten(0, 1).index_select(0, places.to(logits.device))
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 @contextmanager
-def _head_at(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[list]:
-    """Inside, the language-model head gets (1, P, hidden) for (B, S, hidden): the P places (row, column) alone.
+def _head_at(model: nn.Module, places: Tensor) -> Iterator[list]:
+    """Inside, the language-model head gets (1, P, hidden) for (B, S, hidden): P places of the B * S alone.
 
     All logits would be the largest tensor of a pass, and prompts have no use for theirs. What a model does with its
     logits (scaling, a soft cap) it does with those that are left. The yielded list stays empty where the head is
@@ -199,8 +203,7 @@ def _head_at(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[list]:
     def pick(_: nn.Module, inputs: tuple) -> tuple:
         picked.append(True)
         hidden, *others = inputs
-        places = (rows * hidden.shape[1] + columns).to(hidden.device)
-        return hidden.flatten(0, 1).index_select(0, places).unsqueeze(0), *others
+        return hidden.flatten(0, 1).index_select(0, places.to(hidden.device)).unsqueeze(0), *others
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or isinstance(head, MeteoraLinear):

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from meteora.recording import record
 from meteora.study.timing import waits_for_gpu
 
 logger = logging.getLogger(__name__)
@@ -187,18 +188,6 @@ class StepGraph:
     def _refuse(self, reason: str) -> None:
         _refused.add(self._model)
         logger.warning("a decoding step of %s cannot be a CUDA graph: %s.", type(self._model).__name__, reason)
-
-
-def record(step: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """`step` as a graph on the current stream, and where every replay leaves its result."""
-    graph = torch.cuda.CUDAGraph()
-    # Not `torch.cuda.graph`: it gives torch's unused memory back each time, which prompts then have to ask for again.
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        result = step()
-    finally:
-        graph.capture_end()
-    return graph, result
 
 
 @functools.cache
