@@ -1,7 +1,11 @@
 """The numbered scaffold: exactly n answers, whatever the model writes, and nothing but the scaffold is forced."""
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.base_models import load_base_model
 from meteora.study.guided import GuidedNumbering
@@ -60,6 +64,24 @@ def test_rows_are_independent_and_what_is_the_models_is_untouched(tokenizer):
     out = guide(torch.tensor([[*first, letter], [*first, guide.line_break]]), scores)
     assert torch.equal(out[0], scores[0])
     assert out[1].argmax() == second[0] and out[1].isfinite().sum() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 12), most=st.integers(1, 4), seed=st.integers(0, 999), rows=st.integers(1, 4))
+def test_all_rows_at_once_are_each_row_taken_apart(tokenizer, n, most, seed, rows):
+    guide = GuidedNumbering(tokenizer, n, most)
+    draw = random.Random(seed)
+    some = [guide.eos, guide.line_break, *sorted(guide.ends_line)[:2], *tokenizer.encode("a b", add_special_tokens=False)]
+    written = [[] for _ in range(rows)]
+    for _ in range(draw.randint(0, 40)):
+        best = [draw.choice(some) for _ in written]
+        found = guide._wanted(torch.tensor(written, dtype=torch.long).view(rows, -1), torch.tensor(best)).tolist()
+        for row, choice, wanted in zip(written, best, found, strict=True):
+            answers, token = guide.split(row)
+            if token is None and choice == guide.eos and len(answers) < n:
+                token = guide.line_break
+            assert wanted == (-1 if token is None else token)
+            row.append(choice if token is None else token)
 
 
 def test_max_new_tokens_is_reached_by_a_model_that_never_stops(tokenizer):

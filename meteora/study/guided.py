@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 
@@ -39,6 +40,16 @@ class GuidedNumbering(LogitsProcessor):
         self.ends_line = {token for token, piece in enumerate(pieces) if piece.endswith("\n")}
         # a line must end where a token ends, or the rest of the token would stand before the next number
         self.forbidden = [token for token, piece in enumerate(pieces) if "\n" in piece.rstrip("\n")]
+        ends = torch.zeros(len(pieces) + 1, dtype=torch.bool)  # the last stands for ids that the tokenizer has not
+        ends[list(self.ends_line)] = True
+        self._tables = {
+            torch.device("cpu"): {
+                "ends": ends,
+                "forbidden": torch.tensor(self.forbidden, dtype=torch.int64),
+                "numbers": pad_sequence([torch.tensor(number) for number in self.numbers], batch_first=True),
+                "lengths": torch.tensor([len(number) for number in self.numbers]),
+            }
+        }
 
     @property
     def max_new_tokens(self) -> int:
@@ -75,16 +86,42 @@ class GuidedNumbering(LogitsProcessor):
         """Scores (B, V) in which the scaffold's token, where it has one, is the only choice."""
         scores = scores.clone()
         if self.forbidden:
-            scores[:, self.forbidden] = -torch.inf
-        best = scores.argmax(-1).tolist()
-        for row, generated in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            answers, token = self.split(generated)
-            if token is None and best[row] == self.eos and len(answers) < self.n:
-                token = self.line_break  # the model ends the text: this answer is over, the next one begins
-            if token is not None:
-                scores[row] = -torch.inf
-                scores[row, token] = 0.0
-        return scores
+            scores.index_fill_(1, self._on(scores.device, "forbidden"), -torch.inf)
+        wanted = self._wanted(input_ids[:, self.prompt_length :], scores.argmax(-1))
+        forced = (wanted >= 0).unsqueeze(1)
+        only = torch.full_like(scores, -torch.inf).scatter_(1, wanted.clamp(min=0).unsqueeze(1), 0.0)
+        return torch.where(forced, only, scores)
+
+    def _wanted(self, generated: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """What `split` wants next, for all rows at once and without waiting for a GPU: (B,), -1 where it is ``best``.
+
+        Args:
+            generated: (B, t).  best: (B,), the model's own choice, which is not always the one to be made.
+        """
+        device, t = generated.device, generated.shape[1]
+        known = self._on(device, "ends")
+        ends = known[generated.clamp(max=len(known) - 1)]  # (B, t)
+        answered = ends.sum(1)  # answers that have ended, (B,)
+        places = torch.arange(1, t + 1, device=device)
+        written = t - (ends * places).amax(1) if t else answered  # tokens since the line began
+        current = answered.clamp(max=self.n - 1)
+        length = self._on(device, "lengths")[current]
+        numbers = self._on(device, "numbers")
+        number = numbers[current, written.clamp(max=numbers.shape[1] - 1)]
+        last = current == self.n - 1
+        full = written - length >= self.max_answer_tokens
+        # where the model ends the text, this answer is over, and the next one begins
+        over = full | ((best == self.eos) & ~last)
+        end = torch.where(last, self.eos, self.line_break)
+        inside = torch.where(over, end, -1)
+        wanted = torch.where(written < length, number, inside)
+        return torch.where(answered >= self.n, self.eos, wanted)
+
+    def _on(self, device: torch.device, name: str) -> torch.Tensor:
+        """One of the scaffold's tables where it is needed."""
+        if device not in self._tables:
+            self._tables[device] = {key: table.to(device) for key, table in self._tables[torch.device("cpu")].items()}
+        return self._tables[device][name]
 
     def text(self, generated: list[int]) -> str:
         """The list as text, one `i. answer` a line."""
