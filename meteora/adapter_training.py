@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -18,8 +20,11 @@ from meteora.checkpoint import public_name
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
+from meteora.fixed_batches import FixedBatch, fixed_batches
 from meteora.model import MeteoraModel
-from meteora.training_loop import TrainingRun, response_losses
+from meteora.recording import Recordings, can_be_recorded, without_masks
+from meteora.stacks import Stack, stack_weights
+from meteora.training_loop import TrainingRun, place_losses, response_losses
 
 
 def train_adapters(
@@ -71,41 +76,53 @@ def train_adapters(
 
 
 class _AdapterTrainer:
-    """N adapters side by side in one model: layer l holds A (N * r, in) and B (out, N * r), both float32."""
+    """N adapters side by side in one model: layer l holds A (N * r, in) and B (out, N * r), both float32.
+
+    On a GPU the passes are recorded, where that is possible, for which the batches have few shapes.
+    """
 
     def __init__(self, model: MeteoraModel, config, groups, held_out, tokenizer, output_dir) -> None:
         self.model, self.config, self.held_out = model, config, held_out
         self.run = TrainingRun(model, groups, config, tokenizer, output_dir, held_out=held_out)
         self.names = model.adapter_names
         self.scaling = config.alpha / config.rank
-        for layer in model.layers.values():
-            layer.lora_A = nn.Parameter(layer.lora_A.float())
-            layer.lora_B = nn.Parameter(layer.lora_B.float())
-        self.A = [layer.lora_A for layer in model.layers.values()]
-        self.B = [layer.lora_B for layer in model.layers.values()]
-        self.best_loss = torch.full((len(self.names),), math.inf, device=self.run.device)
+        self.A = stack_weights(model.layers, "lora_A", 1, 1.0)
+        self.B = stack_weights(model.layers, "lora_B", 2, self.scaling)
+        self.parameters = [stack.values for stack in self.A + self.B]
+        self.losses = torch.zeros(len(self.names), device=self.run.device)  # the sum over the batches so far
+        self.best_loss = torch.full_like(self.losses, math.inf)
         self.best_step = torch.zeros(len(self.names), dtype=torch.int64, device=self.run.device)
-        self.best_A = [A.detach().clone() for A in self.A]
-        self.best_B = [B.detach().clone() for B in self.B]
+        self.recordings: Recordings | None = None
+        self.inputs: dict[tuple, FixedBatch] = {}  # shape -> what the recordings read
 
     def train(self) -> list[dict]:
         config = self.config
         # lora_B holds the scaling, so the step that AdamW takes in B alone is that times larger here.
         groups = [
-            {"params": self.A, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {
-                "params": self.B,
+                "params": [stack.values for stack in self.A],
+                "lr": config.learning_rate,
+                "weight_decay": config.weight_decay,
+            },
+            {
+                "params": [stack.values for stack in self.B],
                 "lr": config.learning_rate * self.scaling,
                 "weight_decay": config.weight_decay / self.scaling,
             },
         ]
         extra = {"best_loss": self.best_loss, "best_step": self.best_step}
-        extra |= {f"best_A.{n}": tensor for n, tensor in enumerate(self.best_A)}
-        extra |= {f"best_B.{n}": tensor for n, tensor in enumerate(self.best_B)}
-        with compiled_layers(self.model, worth_compiling(self.model, self.run.device)):
+        extra |= {f"best.{n}": stack.best for n, stack in enumerate(self.A + self.B)}
+        fused = True if self.run.device.type == "cuda" else None  # on other devices as torch chooses
+        compiled = worth_compiling(self.model, self.run.device)
+        recorded = self.run.accelerator.num_processes == 1 and can_be_recorded(self.model, self.run.device)
+        with (
+            without_masks(self.model, recorded),
+            compiled_layers(self.model, compiled),
+            Recordings(self.run.device, "a pass of train_adapters") if recorded else nullcontext() as self.recordings,
+        ):
             rows = self.run.loop(
-                torch.optim.AdamW(groups),
-                self.A + self.B,
+                torch.optim.AdamW(groups, fused=fused),
+                self.parameters,
                 self._step,
                 name="adapters",
                 after_step=self._after_step,
@@ -121,85 +138,116 @@ class _AdapterTrainer:
         return history
 
     def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
-        responses = Counter()
-        for sample in drawn:
-            responses[sample.task] += sample.response_tokens
-        losses = torch.zeros(len(self.names), device=self.run.device)
-        for batch in batches:
-            losses += self._losses(batch, responses, backward=True)
-        losses = self.run.sum_over_processes(self.A + self.B, losses)
+        for stack in self.A + self.B:
+            stack.values.grad = stack.gradient.zero_()
+        losses = self.run.sum_over_processes(self.parameters, self._mean_losses(drawn, batches, backward=True)).tolist()
         self._clip()
-        return {"loss": losses.mean().item(), "losses": losses.tolist()}
+        return {"loss": sum(losses) / len(losses), "losses": losses}
 
-    def _losses(self, batch: Batch, responses: Mapping[int, int], *, backward: bool = False) -> Tensor:
-        """This batch's part (N,) of every adapter's mean loss over ``responses`` tokens."""
+    def _mean_losses(self, samples: Sequence[Sample], batches: Iterable[Batch], *, backward: bool) -> Tensor:
+        """Every adapter's mean loss (N,) over all its response tokens in ``samples``, as far as this process has them.
+
+        Args:
+            batches: of the same samples; what is recorded has other batches.
+        """
+        config, responses = self.config, Counter()
+        for sample in samples:
+            responses[sample.task] += sample.response_tokens
+        self.losses.zero_()
+        if self.recordings is None:
+            for batch in batches:
+                self._pass(batch, responses, backward)
+        else:
+            sizes = (config.tokens_per_batch, config.max_length)
+            for batch in fixed_batches(samples, responses, len(self.names), *sizes, self.run.pad_id):
+                self._recorded_pass(batch, backward)
+        return self.losses
+
+    def _pass(self, batch: Batch, responses: Mapping[int, int], backward: bool) -> None:
+        """Add this batch's part of every adapter's mean loss over ``responses`` tokens, and perhaps of its gradient."""
         tasks = torch.tensor(batch.tasks, device=self.run.device)
         tokens = torch.tensor([float(responses[task]) for task in batch.tasks], device=self.run.device)
-        self.model.state.own = torch.nn.functional.one_hot(tasks, len(self.names)).float()
-        try:
+        with self._own(torch.nn.functional.one_hot(tasks, len(self.names)).float()):
             parts = response_losses(self.model, batch) * (batch.weight / tokens)
-        finally:
-            self.model.state.own = None
         if backward:
             parts.sum().backward()
-        return torch.zeros(len(self.names), device=self.run.device).index_add(0, tasks, parts.detach())
+        self.losses.index_add_(0, tasks, parts.detach())
+
+    def _recorded_pass(self, batch: FixedBatch, backward: bool) -> None:
+        """Likewise; the batch is still on the CPU."""
+        inputs = self.inputs.get(batch.shape)
+        if inputs is None:
+            inputs = self.inputs[batch.shape] = batch.to(self.run.device)
+        else:
+            inputs.fill(batch)
+        self.recordings.run(
+            (*batch.shape, backward),
+            lambda: self._fixed_pass(inputs, backward),
+            rehearsal=lambda: self._fixed_pass(replace(inputs, shares=torch.zeros_like(inputs.shares)), backward),
+        )
+
+    def _fixed_pass(self, batch: FixedBatch, backward: bool) -> None:
+        with self._own(batch.own):
+            losses = batch.shares @ place_losses(self.model, batch.input_ids, batch.places, batch.targets)
+        if backward:
+            losses.sum().backward()
+        self.losses += losses.detach()
+
+    @contextmanager
+    def _own(self, own: Tensor) -> Iterator[None]:
+        """Inside, every sample uses its own adapter, one-hot in (samples, N)."""
+        self.model.state.own = own
+        try:
+            yield
+        finally:
+            self.model.state.own = None
 
     @torch.no_grad()
     def _clip(self) -> None:
         """Clip every adapter's gradient by that adapter's own norm over all layers."""
-        squares = 0
-        for A, B in zip(self.A, self.B, strict=True):
-            # The gradient of PEFT's B is that of ours times the scaling.
-            squares = squares + self._per_adapter(A.grad).square().sum((1, 2))
-            squares = squares + self._per_adapter(B.grad.t() * self.scaling).square().sum((1, 2))
+        gradients = [stack.by_adapter(stack.values.grad, len(self.names)) for stack in self.A + self.B]
+        squares = torch.zeros_like(self.losses)
+        for stack, gradient in zip(self.A + self.B, gradients, strict=True):
+            norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3)) * stack.scaling
+            squares += norms.square().to(squares.device)
         factor = (self.config.max_grad_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)  # (N,)
-        columns = factor.repeat_interleave(self.config.rank)  # (N * r,)
-        for A, B in zip(self.A, self.B, strict=True):
-            A.grad *= columns.unsqueeze(1)
-            B.grad *= columns
-
-    def _per_adapter(self, rows: Tensor) -> Tensor:
-        return rows.reshape(len(self.names), self.config.rank, -1)
+        for gradient in gradients:
+            gradient *= factor.to(gradient.device)[:, None, None, None]
 
     @torch.no_grad()
     def _after_step(self, step: int) -> list[dict]:
         if not self.held_out or (step % self.config.evaluate_every and step != self.run.steps):
             return []
         samples = [sample for group in self.held_out.values() for sample in group]
-        responses = Counter()
-        for sample in samples:
-            responses[sample.task] += sample.response_tokens
-        losses = torch.zeros(len(self.names), device=self.run.device)
-        for batch in micro_batches(samples, self.config.tokens_per_batch, self.run.pad_id, self.run.device):
-            losses += self._losses(batch, responses)
+        batches = micro_batches(samples, self.config.tokens_per_batch, self.run.pad_id, self.run.device)
+        losses = self._mean_losses(samples, batches, backward=False)
         rows = []
         for task in self.held_out:
             rows.append({"step": step, "task": self.names[task], "split": "valid", "loss": losses[task].item()})
             if losses[task] < self.best_loss[task]:
                 self.best_loss[task], self.best_step[task] = losses[task], step
-                for best, now in zip(self.best_A, self.A, strict=True):
-                    best[self._columns(task)] = now[self._columns(task)]
-                for best, now in zip(self.best_B, self.B, strict=True):
-                    best[:, self._columns(task)] = now[:, self._columns(task)]
+                for stack in self.A + self.B:
+                    best, values = (stack.by_adapter(t, len(self.names)) for t in (stack.best, stack.values))
+                    best[task] = values[task]
         return rows
-
-    def _columns(self, task: int) -> slice:
-        return slice(task * self.config.rank, (task + 1) * self.config.rank)
 
     def trained_adapters(self) -> dict[str, dict[str, LoraWeights]]:
         """Name -> module -> weights: the best by validation loss, the last where there was no validation."""
         result = {}
         for task, name in enumerate(self.names):
-            A, B = (self.best_A, self.best_B) if task in self.held_out else (self.A, self.B)
+            A, B = self._matrices(self.A, task), self._matrices(self.B, task)
             result[name] = {
-                module: LoraWeights(
-                    A[n][self._columns(task)].detach(),
-                    B[n][:, self._columns(task)].detach() / self.scaling,
-                    self.scaling,
-                )
-                for n, module in enumerate(self.model.layers)
+                module: LoraWeights(A[module], B[module] / self.scaling, self.scaling) for module in self.model.layers
             }
         return result
+
+    def _matrices(self, stacks: Sequence[Stack], task: int) -> dict[str, Tensor]:
+        """Module -> the matrix of one adapter."""
+        found = {}
+        for stack in stacks:
+            tensor = stack.best if task in self.held_out else stack.values.detach()
+            found |= zip(stack.modules, stack.by_adapter(tensor, len(self.names))[task], strict=True)
+        return found
 
     def best_facts(self, name: str) -> dict:
         task = self.names.index(name)

@@ -214,6 +214,6 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device, weight
 
 
 def response_places(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For labels (B, S) the places (P,) among the B * S tokens behind which a response's token comes, and those tokens."""
+    """Of labels (B, S) the P places among the B * S tokens that a response's token comes behind, and those tokens."""
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     return rows * labels.shape[1] + columns, labels[rows, columns + 1]

@@ -2,11 +2,15 @@
 
 import copy
 import json
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from meteora import AdapterTrainingConfig, train_adapters, training_loop
+from meteora import (
+    AdapterTrainingConfig, MeteoraConfig, MeteoraModel, adapter_training, train_adapters, training_loop,
+)  # fmt: skip
 from meteora.adapters import load_adapter
 
 
@@ -126,3 +130,86 @@ def test_bad_input_is_named(core, train, tiny_llama, tmp_path):
         train_adapters(tiny_llama, {"one": core.rows(("one",))}, validation={"two": []}, **call)
     with pytest.raises(ValueError, match="target_modules names 'c_attn'"):
         train(target_modules=("q_proj", "c_attn"))
+
+
+class NothingWaits(TorchDispatchMode):
+    """Raises where the CPU would wait for a value of the GPU, or new values would have to be copied to it."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "lift_fresh")
+        return operation(*args, **(kwargs or {}))
+
+
+class Repeated(AbstractContextManager):
+    """In place of `Recordings`: every step is just run, the first time of a key after its rehearsal."""
+
+    def __init__(self, device, name):
+        self.keys = []
+
+    def run(self, key, step, *, rehearsal):
+        if key not in self.keys:
+            self.keys.append(key)
+            rehearsal()
+        with NothingWaits():
+            step()
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("tokens_per_batch", [4096, 128])
+def test_passes_that_could_be_recorded_train_the_same(core, train, monkeypatch, tokens_per_batch):
+    validation = {"one": core.rows(("one",), 3)}
+    options = {"validation": validation, "evaluate_every": 2, "max_grad_norm": 0.05, "samples_per_step": 5}
+    plain, first = train(**options)
+    made = []
+    monkeypatch.setattr(adapter_training, "Recordings", lambda *args: made.append(Repeated(*args)) or made[-1])
+    monkeypatch.setattr(adapter_training, "can_be_recorded", lambda model, device: True)
+    fixed, second = train(folder="fixed", tokens_per_batch=tokens_per_batch, **options)
+    for task in ("one", "two"):
+        assert losses(plain, task) == pytest.approx(losses(fixed, task), rel=1e-4)
+        assert losses(plain, task, "valid") == pytest.approx(losses(fixed, task, "valid"), rel=1e-4)
+        close(second[task], first[task])
+    assert {key[-1] for key in made[0].keys} == {True, False}
+
+
+def test_a_step_over_all_layers_is_a_few_operations(core, tiny_llama):
+    """Of all that does not belong to a batch, views included: what a GPU would be given one by one."""
+    few, many = (_operations_of_a_step(core, copy.deepcopy(tiny_llama), layers) for layers in (1, 2))
+    assert few == many < 100
+
+
+def _operations_of_a_step(core, base, layers):
+    base.model.layers = base.model.layers[:layers]
+    names, config = ["one", "two"], AdapterTrainingConfig(rank=2)
+    groups = adapter_training._encode({name: core.rows((name,)) for name in names}, names, core.Tokenizer(), 100)
+    model = MeteoraModel(base, adapter_training._fresh_adapters(base, names, config), MeteoraConfig(top_k=1))
+    trainer = adapter_training._AdapterTrainer(model, config, groups, {}, core.Tokenizer(), None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer._step([], [])
+    return sum(event.name.startswith("aten::") and event.cpu_parent is None for event in profiler.events())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_passes_train_the_same_on_a_gpu(core, train, tiny_llama, monkeypatch, caplog, compiled):
+    made = []
+
+    class Watched(adapter_training.Recordings):
+        def __exit__(self, *_):
+            made.append(sum(graph is not None for graph in self._graphs.values()))
+            super().__exit__(*_)
+
+    validation = {"one": core.rows(("one",), 3)}
+    options = {"validation": validation, "evaluate_every": 3, "max_steps": 12, "max_grad_norm": 0.05}
+    monkeypatch.setattr(adapter_training, "Recordings", Watched)
+    monkeypatch.setattr(adapter_training, "worth_compiling", lambda model, device: compiled)
+    recorded, first = train(folder="recorded", **options)
+    assert len(made) == 1 and made[0] > 1, "of steps and of validations"
+    assert not [line for line in caplog.records if line.name == "meteora.recording"]
+    monkeypatch.setattr(adapter_training, "can_be_recorded", lambda model, device: False)
+    plain, second = train(folder="plain", **options)
+    assert len(made) == 1
+    for task in ("one", "two"):
+        assert losses(recorded, task) == pytest.approx(losses(plain, task), rel=1e-3)
+        close(first[task], second[task])

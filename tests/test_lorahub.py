@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -68,6 +69,7 @@ def test_factors_are_added_up_each_for_itself(base, adapters):
     total.set(weights)
     files = [load_peft_weights(str(path), device="cpu") for path in adapters.values()]
     for module, layer in total.model.layers.items():
+        torch.testing.assert_close((layer.lora_A.data, layer.lora_B.data), total.factors(weights, module))
         for half, factor, scale in (("lora_A", layer.lora_A, 1.0), ("lora_B", layer.lora_B, 3.0)):
             key = f"base_model.model.{module}.{half}.weight"
             expected = sum(w * file[key] for w, file in zip(weights, files, strict=True)) * scale
@@ -93,6 +95,43 @@ def test_composed_directories_are_stock_peft(base, adapters, examples, tmp_path)
         mixed = method.model(input_ids=ids).logits
     expected = torch.stack([stock[TASKS[0]][0], stock[TASKS[1]][1]])
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4)
+
+
+def notes(composed):
+    return {task: json.loads((path / NOTE).read_text()) for task, path in composed.items()}
+
+
+def test_an_evaluation_that_could_be_recorded_finds_the_same(base, adapters, examples, tmp_path, monkeypatch):
+    expected, keys = compose(base, adapters, examples, tmp_path / "plain"), []
+
+    class Repeated(AbstractContextManager):
+        def __init__(self, device, name):
+            keys.append([])
+
+        def run(self, key, step, *, rehearsal):
+            rehearsal()
+            keys[-1].append(key)
+            step()
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(lorahub, "Recordings", Repeated)
+    monkeypatch.setattr(lorahub, "can_be_recorded", lambda model, device: True)
+    assert notes(compose(base, adapters, examples, tmp_path / "recorded")) == notes(expected)
+    assert keys == [["loss"] * 8] * 2, "one recording a task"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_evaluations_find_the_same_on_a_gpu(base, adapters, examples, tmp_path, monkeypatch, caplog):
+    on_gpu = copy.deepcopy(base[0]).float().cuda(), base[1]
+    recorded = notes(compose(on_gpu, adapters, examples, tmp_path / "recorded"))
+    assert not [line for line in caplog.records if line.name == "meteora.recording"]
+    monkeypatch.setattr(lorahub, "can_be_recorded", lambda model, device: False)
+    plain = notes(compose(on_gpu, adapters, examples, tmp_path / "plain"))
+    for task, note in plain.items():
+        assert recorded[task]["loss"] == pytest.approx(note["loss"], rel=1e-3)
+        assert recorded[task]["weights"] == pytest.approx(note["weights"], abs=1e-2)
 
 
 def test_only_what_changed_is_composed_again(base, adapters, examples, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 The sum is of factors, A = sum w_n A_n and B = sum w_n B_n; the weights lie within [-1.5, 1.5] and minimise the loss on
 the examples plus 0.05 times their mean absolute value, without gradients (Huang et al. 2024, arXiv 2307.13269). PEFT
-has no LoRAHub. The authors search with nevergrad, whose choice for so few evaluations is a variant of CMA-ES; here it is
-CMA-ES itself, from the package ``cma``, which nevergrad uses, and which needs neither SciPy nor scikit-learn.
+has no LoRAHub. The authors search with nevergrad, whose choice for so few evaluations is a variant of CMA-ES; here it
+is CMA-ES itself, from the package ``cma``, which nevergrad uses, and which needs neither SciPy nor scikit-learn.
 
 A task's own adapter is among those added up, and its examples say which task it is: the method is *told* the task.
 """
@@ -14,6 +14,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import cma
@@ -25,20 +26,24 @@ from tqdm.auto import tqdm
 
 from meteora import MeteoraModel
 from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, adapter_directory, load_adapter, peft_tensors
-from meteora.batches import encode, micro_batches
+from meteora.batches import collate, encode, response_places
 from meteora.files import atomic_directory
+from meteora.recording import Recordings, can_be_recorded, without_masks
 from meteora.study.baselines import Method, share_weights
 from meteora.study.measures import Example
 from meteora.study.merging import adapter_digests
 from meteora.study.predictions import fingerprint, model_fingerprints
-from meteora.training_loop import response_losses
+from meteora.training_loop import place_losses
 
 BOUND, PENALTY, SPREAD = 1.5, 0.05, 0.5  # of the weights; the last is the standard deviation of the first candidates
 NOTE = "lorahub.json"
 
 
 class WeightedSum:
-    """One adapter in a model whose factors are weighted sums of those of N adapters."""
+    """One adapter in a model whose factors are weighted sums of those of N adapters.
+
+    All modules' factors on one device lie in one tensor, so that two operations set them.
+    """
 
     def __init__(self, base_model: torch.nn.Module, adapters: Mapping[str, str | Path]) -> None:
         loaded = [load_adapter(task, directory) for task, directory in adapters.items()]
@@ -49,15 +54,29 @@ class WeightedSum:
                 raise ValueError(f"adapter {adapter.name!r} differs from {loaded[0].name!r} in rank or modules.")
         self.model = MeteoraModel.from_adapters(share_weights(base_model), {"sum": next(iter(adapters.values()))})
         self.model.eval()
-        device = next(base_model.parameters()).device
-        # module -> A (N, r, in), B (N, out, r), float32, the scaling folded into B
-        self.stacks = {
-            module: (
-                torch.stack([adapter.modules[module].A.float() for adapter in loaded]).to(device),
-                torch.stack([a.modules[module].B.float() * a.modules[module].scaling for a in loaded]).to(device),
-            )
-            for module in first
-        }
+        self.count = len(loaded)
+        self.stacks: dict[str, tuple[Tensor, Tensor]] = {}  # module -> A (N, r, in), B (N, out, r): views of `_parts`
+        self._parts: list[tuple[Tensor, Tensor]] = []  # on each device (N, values) float32, and their sum (values,)
+        modules: dict[torch.device, list[str]] = {}
+        for module, layer in self.model.layers.items():
+            modules.setdefault(layer.lora_A.device, []).append(module)
+        for device, here in modules.items():
+            self._gather([adapter.modules for adapter in loaded], here, device)
+
+    def _gather(self, adapters: Sequence[Mapping[str, LoraWeights]], modules: Sequence[str], device) -> None:
+        """Lay some modules' factors side by side, the scaling folded into B; the model's become views of the sum."""
+        matrices = [[matrix for m in modules for matrix in (a[m].A, a[m].B * a[m].scaling)] for a in adapters]
+        values = torch.stack([torch.cat([matrix.float().flatten() for matrix in row]) for row in matrices]).to(device)
+        layers = [self.model.layers[module] for module in modules]
+        total = torch.zeros(values.shape[1], dtype=layers[0].lora_A.dtype, device=device)
+        sizes = [matrix.numel() for matrix in matrices[0]]
+        shapes = [matrix.shape for matrix in matrices[0]]
+        views = [part.unflatten(1, shape) for part, shape in zip(values.split(sizes, 1), shapes, strict=True)]
+        sums = [part.view(shape) for part, shape in zip(total.split(sizes), shapes, strict=True)]
+        for n, (module, layer) in enumerate(zip(modules, layers, strict=True)):
+            self.stacks[module] = views[2 * n], views[2 * n + 1]
+            layer.lora_A.data, layer.lora_B.data = sums[2 * n], sums[2 * n + 1]
+        self._parts.append((values, total))
 
     def factors(self, weights: Sequence[float], module: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of one module for one weight per adapter."""
@@ -68,10 +87,8 @@ class WeightedSum:
     @torch.no_grad()
     def set(self, weights: Sequence[float]) -> None:
         """Put the sum with these weights (N,) into the model."""
-        for module, layer in self.model.layers.items():
-            A, B = self.factors(weights, module)
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B)
+        for values, total in self._parts:
+            total.copy_(torch.tensor(weights, dtype=torch.float32, device=values.device) @ values)
 
 
 def search_weights(
@@ -142,16 +159,32 @@ def _search(
     total: WeightedSum, rows: Sequence[Example], tokenizer, evaluations: int, max_length: int, seed: int
 ) -> tuple[list[float], float]:
     samples = encode([{**row, "task": "sum"} for row in rows], {"sum": 0}, tokenizer, max_length)
-    device, tokens = next(total.model.parameters()).device, sum(sample.response_tokens for sample in samples)
-    batches = list(micro_batches(samples, max_length * len(samples), tokenizer.pad_token_id, device))
+    model, tokens = total.model, sum(sample.response_tokens for sample in samples)
+    device = next(model.parameters()).device
+    batch = collate(samples, tokenizer.pad_token_id, device)
+    places, targets = response_places(batch.labels)
+    found = torch.zeros((), device=device)
 
     @torch.no_grad()
+    def evaluate() -> None:
+        found.copy_(place_losses(model, batch.input_ids, places, targets).sum())
+
+    recorded = can_be_recorded(model, device)
+
     def loss(weights: Sequence[float]) -> float:
         total.set(weights)
-        with total.model.route_to("sum"):
-            return sum(response_losses(total.model, batch).sum().item() for batch in batches) / tokens
+        if recordings is None:
+            evaluate()
+        else:
+            recordings.run("loss", evaluate, rehearsal=evaluate)
+        return found.item() / tokens
 
-    return search_weights(loss, len(next(iter(total.stacks.values()))[0]), evaluations=evaluations, seed=seed)
+    with (
+        model.route_to("sum"),
+        without_masks(model, recorded),
+        Recordings(device, "an evaluation of LoRAHub") if recorded else nullcontext() as recordings,
+    ):
+        return search_weights(loss, total.count, evaluations=evaluations, seed=seed)
 
 
 def _write(total: WeightedSum, weights: Sequence[float], first: str | Path, directory: Path) -> None:
