@@ -106,7 +106,7 @@ class Recordings:
         """A recording, which computes nothing yet."""
         try:
             if not self._rehearsed:
-                with _waiting_is_an_error():
+                with waiting_is_an_error():
                     rehearsal()
                 self._rehearsed = True
             self._make_room()
@@ -138,7 +138,7 @@ def record(step: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph,
 
 
 @contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
+def waiting_is_an_error() -> Iterator[None]:
     """Inside, whatever makes the CPU wait for the GPU, which no graph can hold, raises a RuntimeError.
 
     Asking is safer than trying: a capture that fails may leave torch's allocator as if it were still going on.

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
+from meteora.recording import waiting_is_an_error
+
 BLOCK = 0.010  # seconds; on a CPU calls are timed in blocks of at least this length: the clock's own cost vanishes
 FLUSH = 1 << 28  # bytes written between two calls on a GPU; no cache is as large
 LEAST = 3  # measurements of a call, however long it takes
@@ -139,21 +141,14 @@ def _native_stderr_hidden() -> Iterator[None]:
 
 
 def waits_for_gpu(call: Call) -> bool:
-    """Whether the CPU needs a result of the GPU on its way through ``call``, which no CUDA graph can hold.
-
-    Such as a loop over the adapters that occur. Asking is safer than trying: a capture that fails may leave torch's
-    allocator as if it were still going on.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    """Whether the CPU needs a result of the GPU on its way through ``call``, as a loop over the adapters that occur."""
     try:
-        call()
+        with waiting_is_an_error():
+            call()
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
             raise
         return True
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     return False
 
 
