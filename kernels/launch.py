@@ -19,6 +19,12 @@ def block(size: int, most: int, least: int = 16) -> int:
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
+def cut(size: int, pieces: int, step: int) -> tuple[int, int]:
+    """Cut an inner dimension into about so many pieces, each a multiple of ``step``: (a piece's size, their number)."""
+    piece = cdiv(cdiv(size, pieces), step) * step
+    return piece, cdiv(size, piece)
+
+
 @functools.cache
 def _hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (9, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from meteora.kernels.choose import Lists
-from meteora.kernels.launch import block, cdiv, overlap_options
+from meteora.kernels.launch import block, cdiv, cut, overlap_options
 from meteora.kernels.packing import padded
 from meteora.kernels.segments import ALIGNED, Segments
 from meteora.kernels.tiles import leave, segment
@@ -155,9 +155,7 @@ def shrink_listed(
     BK, stages = (32, 2) if wide else (64, 4)
     chunks = cdiv(most * width, BC)
     programs = LONG_PROGRAMS if K >= LONG else PROGRAMS
-    splits = max(1, min(8, programs // (blocks * chunks), K // LEAST_INNER))
-    piece = cdiv(cdiv(K, splits), BK) * BK
-    splits = cdiv(K, piece)
+    piece, splits = cut(K, max(1, min(8, programs // (blocks * chunks), K // LEAST_INNER)), BK)
     s = x.new_empty(blocks * lists.height, most * width)
     out = s if splits == 1 else x.new_empty(splits, *s.shape, dtype=torch.float32)
     options = {"HEIGHT": lists.height, "BC": BC, "num_warps": 4, **overlap_options(x)}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from meteora.kernels.launch import cdiv, overlaps
+from meteora.kernels.launch import cdiv, cut, overlaps
 
 FEW_TOKENS = 64  # up to here the weights are what is read
 NARROW = 64  # columns, up to which x alone is what is read
@@ -80,9 +80,7 @@ def shrink(x: Tensor, W: Tensor) -> Tensor:
     tiles = cdiv(T, BT) * cdiv(C, BC)
     # Each split reads ``least`` inner columns or more, so that its sums are worth their writing and reading.
     wanted = cdiv(PROGRAMS, tiles) if T <= FEW_TOKENS else NARROW_PROGRAMS // tiles
-    splits = max(1, min(16, wanted, K // least))
-    piece = cdiv(cdiv(K, splits), BK) * BK
-    splits = cdiv(K, piece)
+    piece, splits = cut(K, max(1, min(16, wanted, K // least)), BK)
     out = torch.empty(splits, T, C, dtype=torch.float32, device=x.device)
     _shrink[(cdiv(C, BC), cdiv(T, BT), splits)](
         x, W, out, T, K, C, x.stride(0), W.stride(0), piece,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, cdiv, overlap_options
+from meteora.kernels.launch import block, cdiv, cut, overlap_options
 from meteora.kernels.packing import padded
 from meteora.kernels.segments import ALIGNED, Segments
 from meteora.kernels.sort import Tiles
@@ -165,9 +165,7 @@ def shrink_tiles(x: Tensor, A: Tensor, weights: Tensor, tiles: Tiles, segments: 
     BR = block(width, 64 if x.element_size() == 4 else 128)
     BK, stages = (32, 2) if x.element_size() == 4 else (64, 4)
     chunks = cdiv(width, BR)
-    splits = max(1, min(8, PROGRAMS // (count * chunks), K // 512))
-    piece = cdiv(cdiv(K, splits), BK) * BK
-    splits = cdiv(K, piece)
+    piece, splits = cut(K, max(1, min(8, PROGRAMS // (count * chunks), K // 512)), BK)
     s = x.new_empty(count * height, width)
     out = s if splits == 1 else x.new_empty(splits, count * height, width, dtype=torch.float32)
     described = (tiles.tokens, tiles.adapter, tiles.rows, segments.starts)
