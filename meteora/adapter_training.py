@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -20,11 +19,10 @@ from meteora.checkpoint import public_name
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
-from meteora.fixed_batches import FixedBatch, fixed_batches
 from meteora.model import MeteoraModel
-from meteora.recording import Recordings, can_be_recorded, without_masks
+from meteora.passes import AdapterInputs, Passes, adapter_inputs, training_passes
 from meteora.stacks import Stack, stack_weights
-from meteora.training_loop import TrainingRun, place_losses, response_losses
+from meteora.training_loop import TrainingRun, place_losses
 
 
 def train_adapters(
@@ -92,8 +90,7 @@ class _AdapterTrainer:
         self.losses = torch.zeros(len(self.names), device=self.run.device)  # the sum over the batches so far
         self.best_loss = torch.full_like(self.losses, math.inf)
         self.best_step = torch.zeros(len(self.names), dtype=torch.int64, device=self.run.device)
-        self.recordings: Recordings | None = None
-        self.inputs: dict[tuple, FixedBatch] = {}  # shape -> what the recordings read
+        self.passes = Passes(self.run, None, self._pass)
 
     def train(self) -> list[dict]:
         config = self.config
@@ -114,11 +111,9 @@ class _AdapterTrainer:
         extra |= {f"best.{n}": stack.best for n, stack in enumerate(self.A + self.B)}
         fused = True if self.run.device.type == "cuda" else None  # on other devices as torch chooses
         compiled = worth_compiling(self.model, self.run.device)
-        recorded = self.run.accelerator.num_processes == 1 and can_be_recorded(self.model, self.run.device)
         with (
-            without_masks(self.model, recorded),
-            compiled_layers(self.model, compiled),
-            Recordings(self.run.device, "a pass of train_adapters") if recorded else nullcontext() as self.recordings,
+            training_passes(self.model, self.run, "train_adapters", self._pass) as self.passes,
+            compiled_layers(self.model, compiled and not self.passes.recorded),
         ):
             rows = self.run.loop(
                 torch.optim.AdamW(groups, fused=fused),
@@ -150,45 +145,18 @@ class _AdapterTrainer:
         Args:
             batches: of the same samples; what is recorded has other batches.
         """
-        config, responses = self.config, Counter()
+        responses = Counter()
         for sample in samples:
             responses[sample.task] += sample.response_tokens
         self.losses.zero_()
-        if self.recordings is None:
-            for batch in batches:
-                self._pass(batch, responses, backward)
-        else:
-            sizes = (config.tokens_per_batch, config.max_length)
-            for batch in fixed_batches(samples, responses, len(self.names), *sizes, self.run.pad_id):
-                self._recorded_pass(batch, backward)
+        count = len(self.names)
+        self.passes.run(samples, batches, lambda batch, places: adapter_inputs(batch, responses, count, places), backward)
         return self.losses
 
-    def _pass(self, batch: Batch, responses: Mapping[int, int], backward: bool) -> None:
-        """Add this batch's part of every adapter's mean loss over ``responses`` tokens, and perhaps of its gradient."""
-        tasks = torch.tensor(batch.tasks, device=self.run.device)
-        tokens = torch.tensor([float(responses[task]) for task in batch.tasks], device=self.run.device)
-        with self._own(torch.nn.functional.one_hot(tasks, len(self.names)).float()):
-            parts = response_losses(self.model, batch) * (batch.weight / tokens)
-        if backward:
-            parts.sum().backward()
-        self.losses.index_add_(0, tasks, parts.detach())
-
-    def _recorded_pass(self, batch: FixedBatch, backward: bool) -> None:
-        """Likewise; the batch is still on the CPU."""
-        inputs = self.inputs.get(batch.shape)
-        if inputs is None:
-            inputs = self.inputs[batch.shape] = batch.to(self.run.device)
-        else:
-            inputs.fill(batch)
-        self.recordings.run(
-            (*batch.shape, backward),
-            lambda: self._fixed_pass(inputs, backward),
-            rehearsal=lambda: self._fixed_pass(replace(inputs, shares=torch.zeros_like(inputs.shares)), backward),
-        )
-
-    def _fixed_pass(self, batch: FixedBatch, backward: bool) -> None:
-        with self._own(batch.own):
-            losses = batch.shares @ place_losses(self.model, batch.input_ids, batch.places, batch.targets)
+    def _pass(self, inputs: AdapterInputs, backward: bool) -> None:
+        """Add this batch's part of every adapter's mean loss, and perhaps of its gradient."""
+        with self._own(inputs.own):
+            losses = inputs.shares @ place_losses(self.model, inputs.input_ids, inputs.places, inputs.targets)
         if backward:
             losses.sum().backward()
         self.losses += losses.detach()

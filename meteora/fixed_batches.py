@@ -1,71 +1,40 @@
 """Batches of few shapes: rows without a sample and places without a target fill them up, and count for nothing.
 
-What is done with them is the same work every time, which a GPU can replay from a recording (:mod:`meteora.recording`).
+What is done with them is the same work every time, which a GPU can replay from a recording (:mod:`meteora.passes`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count, takewhile
 
 import torch
-from torch import Tensor
 
-from meteora.batches import IGNORE, Sample, collate, response_places
+from meteora.batches import IGNORE, Batch, Sample, collate
 
 _REPLAY = 2048  # tokens that the GPU could have processed in the time that one more batch costs whatever its size
 _TOKENS_PER_PLACE = 16  # more places than that are reserved if they are needed, in powers of two
 
 
-@dataclass(frozen=True)
-class FixedBatch:
-    """Some samples, each with the response tokens of its own adapter, of N, to predict at P places of B rows.
-
-    Attributes:
-        input_ids: (B, S).
-        places: (P,), indices into the B * S tokens; behind each the token of ``targets`` (P,) is to be predicted.
-        shares: (N, P) float32, how much a place counts in every adapter's loss: at most in one.
-        own: (B, N) float32, 1 at a row's adapter, else 0.
-    """
-
-    input_ids: Tensor
-    places: Tensor
-    targets: Tensor
-    shares: Tensor
-    own: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, S, P)."""
-        return *self.input_ids.shape, len(self.places)
-
-    def to(self, device: torch.device) -> FixedBatch:
-        """A copy on ``device``."""
-        return FixedBatch(*(getattr(self, field.name).to(device, copy=True) for field in fields(self)))
-
-    def fill(self, batch: FixedBatch) -> None:
-        """Take over the content of a batch of the same shape, which is on the CPU. Nobody waits for a GPU's copies."""
-        for field in fields(self):
-            mine, other = getattr(self, field.name), getattr(batch, field.name)
-            mine.copy_(other.pin_memory() if mine.is_cuda else other, non_blocking=True)
-
-
 def fixed_batches(
-    samples: Sequence[Sample],
-    responses: Mapping[int, int],
-    adapters: int,
-    max_tokens: int,
-    max_length: int,
-    pad_id: int,
-) -> Iterator[FixedBatch]:
+    samples: Sequence[Sample], max_tokens: int, max_length: int, pad_id: int
+) -> Iterator[tuple[Batch, int]]:
     """Samples, none longer than ``max_length``, in batches of at most ``max_tokens`` tokens (or one row), on the CPU.
 
-    A place counts as one of its adapter's ``responses``, so that the losses of all batches add up to the mean.
+    Each comes with the places to reserve in it. Rows without a sample have no entry in ``Batch.tasks``.
     """
     for group, rows, length in fixed_groups(samples, max_tokens, max_length):
-        yield fixed_batch(group, rows, length, responses, adapters, pad_id)
+        batch = _padded(collate(group, pad_id, torch.device("cpu")), rows, length, pad_id)
+        yield batch, _power_of_two(max(sum(sample.response_tokens for sample in group), rows * length // _TOKENS_PER_PLACE))
+
+
+def _padded(batch: Batch, rows: int, length: int, pad_id: int) -> Batch:
+    missing = (0, length - batch.input_ids.shape[1], 0, rows - len(batch.input_ids))
+    fillings = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE, "token_tasks": 0}
+    pad = torch.nn.functional.pad
+    return replace(batch, **{name: pad(getattr(batch, name), missing, value=value) for name, value in fillings.items()})
 
 
 def fixed_groups(
@@ -105,28 +74,3 @@ def _lengths(max_length: int) -> list[int]:
 
 def _power_of_two(least: int) -> int:
     return 1 << max(0, least - 1).bit_length()
-
-
-def fixed_batch(
-    samples: Sequence[Sample], rows: int, length: int, responses: Mapping[int, int], adapters: int, pad_id: int
-) -> FixedBatch:
-    """At most ``rows`` samples of at most ``length`` tokens each, see `fixed_batches`."""
-    batch = collate(samples, pad_id, torch.device("cpu"))
-    missing = (0, length - batch.input_ids.shape[1], 0, rows - len(samples))
-    places, targets = response_places(torch.nn.functional.pad(batch.labels, missing, value=IGNORE))
-    capacity = _power_of_two(max(len(places), rows * length // _TOKENS_PER_PLACE))
-    unused = capacity - len(places)
-    tasks = torch.tensor(batch.tasks)
-    owners = tasks[places // length]
-    shares = torch.zeros(adapters, capacity)
-    shares[owners, torch.arange(len(places))] = 1 / torch.tensor([responses[task] for task in owners.tolist()]).float()
-    own = torch.zeros(rows, adapters)
-    own[torch.arange(len(tasks)), tasks] = 1
-    return FixedBatch(
-        torch.nn.functional.pad(batch.input_ids, missing, value=pad_id),
-        # Places all over the batch: a GPU adds up the gradients of one and the same place one after the other.
-        torch.cat([places, torch.arange(unused) % (rows * length)]),
-        torch.nn.functional.pad(targets, (0, unused)),
-        shares,
-        own,
-    )

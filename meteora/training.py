@@ -20,8 +20,11 @@ from meteora.config import GateTrainingConfig
 from meteora.gating import gate_cross_entropy
 from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel
+from meteora.passes import GateInputs, Passes, gate_inputs, training_passes
 from meteora.sharding import is_sharded
-from meteora.training_loop import TrainingRun, response_losses
+from meteora.training_loop import TrainingRun, place_losses
+
+_PIECES = 32  # a GPU's 132 multiprocessors have 5 pieces each of a sum for 576 inputs
 
 
 def train_gates(
@@ -59,29 +62,8 @@ def train_gates(
     run = TrainingRun(
         model, by_task(samples), config, tokenizer, output_dir, mixed_per_step=config.mixed_per_step
     )
-    gates = [layer.gate.weight for layer in model.layers.values()]
-    optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay)
-    forward = _forward_local if config.objective == "gate" else _forward_joint
-
-    def step(batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
-        tokens = sum(len(sample.ids) for sample in drawn)
-        responses = sum(sample.response_tokens for sample in drawn)
-        totals = torch.zeros(3, device=run.device)
-        for batch in batches:
-            weights = _token_weights(batch, config, tokens, len(drawn)) / len(gates)
-            totals += forward(model, batch, config, weights, responses)
-        lm_loss, gate_loss, accuracy = run.sum_over_processes(gates, totals).tolist()
-        nn.utils.clip_grad_norm_(gates, config.max_grad_norm)
-        if config.objective == "gate":
-            return {"loss": gate_loss, "lm_loss": math.nan, "gate_loss": gate_loss, "gate_accuracy": accuracy}
-        loss = lm_loss + config.beta * gate_loss
-        return {"loss": loss, "lm_loss": lm_loss, "gate_loss": gate_loss, "gate_accuracy": accuracy}
-
-    recomputed = config.objective == "joint" and config.gradient_checkpointing
-    # What is recomputed calls its observer in another state, which is another graph.
-    compiled = worth_compiling(model, run.device) and not recomputed
-    with _trainable(gates), _checkpointing(model, recomputed), compiled_layers(model, compiled):
-        history = run.loop(optimizer, gates, step, name="gates")
+    trainer = _GateTrainer(model, config, run)
+    history = trainer.train()
     model.state.warning = None
     if output_dir is not None and run.accelerator.is_main_process:
         model.save_pretrained(output_dir)
@@ -99,12 +81,65 @@ def _forget_prototypes(model: MeteoraModel) -> None:
             layer.gate.weight.zero_()
 
 
-def _token_weights(batch: Batch, config: GateTrainingConfig, tokens: int, samples: int) -> Tensor:
-    """(B, S): how much each token counts in the step's mean; 0 at pads, 1 in all over the step's batches."""
-    real = batch.attention_mask.float()
-    if config.balance == "sample":
-        return real / real.sum(1, keepdim=True) * (batch.weight / samples)
-    return real * (batch.weight / tokens)
+class _GateTrainer:
+    """The gradients stay where they are, and every step adds to them anew, as recorded passes must."""
+
+    def __init__(self, model: MeteoraModel, config: GateTrainingConfig, run: TrainingRun) -> None:
+        self.model, self.config, self.run = model, config, run
+        self.gates = [layer.gate.weight for layer in model.layers.values()]
+        self.gradients = [torch.zeros_like(gate) for gate in self.gates]
+        self.totals = torch.zeros(3, device=run.device)  # of a step: both losses and the gates' accuracy
+        self.passes = Passes(run, None, self._pass)
+
+    def train(self) -> list[dict]:
+        config, model, run = self.config, self.model, self.run
+        optimizer = torch.optim.AdamW(self.gates, lr=config.learning_rate, weight_decay=config.weight_decay)
+        recomputed = config.objective == "joint" and config.gradient_checkpointing
+        # What is recomputed calls its observer in another state, which a graph of either kind would not see.
+        compiled = worth_compiling(model, run.device) and not recomputed
+        with (
+            _trainable(self.gates),
+            _checkpointing(model, recomputed),
+            training_passes(model, run, "train_gates", self._pass, wanted=not recomputed) as self.passes,
+            compiled_layers(model, compiled and not self.passes.recorded),
+        ):
+            return run.loop(optimizer, self.gates, self._step, name="gates")
+
+    def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
+        config, run = self.config, self.run
+        tokens = sum(len(sample.ids) for sample in drawn)
+        share = 1 / sum(sample.response_tokens for sample in drawn)
+        torch._foreach_zero_(self.gradients)
+        for gate, gradient in zip(self.gates, self.gradients, strict=True):
+            gate.grad = gradient
+        self.totals.zero_()
+
+        def inputs_of(batch: Batch, places: int | None) -> GateInputs:
+            return gate_inputs(batch, self._token_weights(batch, tokens, len(drawn)), share, places)
+
+        self.passes.run(drawn, batches, inputs_of)
+        lm_loss, gate_loss, accuracy = run.sum_over_processes(self.gates, self.totals).tolist()
+        nn.utils.clip_grad_norm_(self.gates, config.max_grad_norm)
+        if config.objective == "gate":
+            return {"loss": gate_loss, "lm_loss": math.nan, "gate_loss": gate_loss, "gate_accuracy": accuracy}
+        loss = lm_loss + config.beta * gate_loss
+        return {"loss": loss, "lm_loss": lm_loss, "gate_loss": gate_loss, "gate_accuracy": accuracy}
+
+    def _token_weights(self, batch: Batch, tokens: int, samples: int) -> Tensor:
+        """(B, S): how much a token counts in the step's mean over all gates; 0 at pads, 1 in all over its batches."""
+        real = batch.attention_mask.float()
+        if self.config.balance == "sample":
+            real, count = real / real.sum(1, keepdim=True).clamp(min=1), samples
+        else:
+            count = tokens
+        return real * (batch.weight / count / len(self.gates))
+
+    def _pass(self, inputs: GateInputs) -> None:
+        """Add this batch's part of the step's losses, of the gates' accuracy, and of their gradients."""
+        if self.config.objective == "gate":
+            self.totals += _forward_local(self.model, inputs)
+        else:
+            self.totals += _forward_joint(self.model, inputs, self.config.beta)
 
 
 class _GateLoss:
@@ -113,9 +148,9 @@ class _GateLoss:
     With ``local``, its gradient is added to every gate at once, on detached inputs.
     """
 
-    def __init__(self, batch: Batch, weights: Tensor, *, local: bool) -> None:
-        self.weights = weights.flatten()
-        self.labels = batch.token_tasks.flatten()
+    def __init__(self, inputs: GateInputs, *, local: bool) -> None:
+        self.weights = weights = inputs.weights.flatten()
+        self.labels = inputs.tasks.flatten()
         self.local = local
         # Needs a gradient from the start, as after some layers, so that the first layer is compiled like the others.
         self.loss = torch.zeros((), device=weights.device, requires_grad=not local)
@@ -133,31 +168,33 @@ class _GateLoss:
         if self.local:
             error = torch.softmax(logits, dim=-1)  # d loss / d logits = softmax - one-hot
             error[torch.arange(len(error), device=device), labels] -= 1
-            gradient = (error * weights.unsqueeze(-1)).t() @ x.float()
-            layer.gate.weight.grad += gradient
+            layer.gate.weight.grad += _product_over_tokens(error * weights.unsqueeze(-1), x.float())
 
 
-def _forward_local(
-    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, weights: Tensor, responses: int
-) -> Tensor:
-    for layer in model.layers.values():
-        if layer.gate.weight.grad is None:
-            layer.gate.weight.grad = torch.zeros_like(layer.gate.weight)
-    loss = _GateLoss(batch, weights, local=True)
+def _product_over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """a (T, m), b (T, n) -> a^T b (m, n), in pieces side by side: a GPU has few threads for one long sum of few rows."""
+    if torch.compiler.is_compiling():  # a number of tokens that is divided would tie the graph to it
+        return a.t() @ b
+    size = len(a) // _PIECES
+    pieces = [tensor[: size * _PIECES].unflatten(0, (_PIECES, size)) for tensor in (a, b)]
+    rest = a[size * _PIECES :].t() @ b[size * _PIECES :]
+    return torch.bmm(pieces[0].transpose(1, 2), pieces[1]).sum(0) + rest
+
+
+def _forward_local(model: MeteoraModel, inputs: GateInputs) -> Tensor:
+    loss = _GateLoss(inputs, local=True)
     with torch.no_grad(), _observed(model, loss):
-        # Without a mask of its own, as in response_losses.
-        _backbone(model)(input_ids=batch.input_ids, use_cache=False)
+        # Without a mask of its own, as in place_losses.
+        _backbone(model)(input_ids=inputs.input_ids, use_cache=False)
     return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct])
 
 
-def _forward_joint(
-    model: MeteoraModel, batch: Batch, config: GateTrainingConfig, weights: Tensor, responses: int
-) -> Tensor:
-    loss = _GateLoss(batch, weights, local=False)
+def _forward_joint(model: MeteoraModel, inputs: GateInputs, beta: float) -> Tensor:
+    loss = _GateLoss(inputs, local=False)
     with _observed(model, loss):
-        lm_loss = response_losses(model, batch).sum() * (batch.weight / responses)
+        lm_loss = place_losses(model, inputs.input_ids, inputs.places, inputs.targets) @ inputs.shares
         loss.closed = True
-        (lm_loss + config.beta * loss.loss).backward()
+        (lm_loss + beta * loss.loss).backward()
     return torch.stack([lm_loss.detach(), loss.loss.detach(), loss.correct])
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel
+from meteora import MeteoraConfig, MeteoraModel
 from meteora.batches import Sample, collate
 from meteora.compiling import compiled_layers, worth_compiling
-from meteora.training import _forward_joint, _forward_local, _token_weights
+from meteora.passes import gate_inputs
+from meteora.training import _forward_joint, _forward_local
 from meteora.training_loop import response_losses
 
 CPU = torch.device("cpu")
@@ -67,13 +68,13 @@ def own(model, batch):
 
 
 def joint(model, batch):
-    config = GateTrainingConfig(beta=3.0)
-    return _forward_joint(model, batch, config, _token_weights(batch, config, 20, 3), 6)
+    return _forward_joint(model, gate_inputs(batch, batch.attention_mask / 20, 1 / 6), 3.0)
 
 
 def gate(model, batch):
-    config = GateTrainingConfig(objective="gate")
-    return _forward_local(model, batch, config, _token_weights(batch, config, 20, 3), 6)
+    for layer in model.layers.values():
+        layer.gate.weight.grad = torch.zeros_like(layer.gate.weight)
+    return _forward_local(model, gate_inputs(batch, batch.attention_mask / 20, 1 / 6))
 
 
 def steps(model, parameters, step):

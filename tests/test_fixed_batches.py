@@ -1,10 +1,15 @@
 """Batches of few shapes: each sample in one of them; what fills them up changes neither losses nor gradients."""
 
+from types import SimpleNamespace
+
 import torch
 
 from meteora import MeteoraModel
 from meteora.batches import Sample, collate, encode
-from meteora.fixed_batches import fixed_batch, fixed_batches, fixed_groups
+from meteora.config import TrainingConfig
+from meteora.fixed_batches import fixed_batches, fixed_groups
+from meteora.passes import Passes, adapter_inputs, gate_inputs
+from meteora.recording import without_masks
 from meteora.training_loop import place_losses, response_losses
 
 
@@ -40,13 +45,21 @@ def test_a_sample_that_is_longer_than_a_batch_has_one_of_its_own():
     assert [length for *_, length in fixed_groups(samples_of([90]), 64, 91)] == [91]
 
 
-def test_places_are_reserved_in_powers_of_two(core):
+def test_places_are_reserved_in_powers_of_two_and_what_fills_a_batch_does_not_count(core):
     samples = encode(core.rows(count=3), {"one": 0, "two": 1}, core.Tokenizer(), 100)
-    places = sum(sample.response_tokens for sample in samples)
-    few = fixed_batch(samples, 8, 64, {0: 9, 1: 9}, 2, 2)
-    many = fixed_batch(samples, 40, 64, {0: 9, 1: 9}, 2, 2)
-    assert 16 < places <= 32 and few.shape == (8, 64, 32) and many.shape == (40, 64, 256)
-    assert (few.shares > 0).sum() == places and few.own.sum() == len(samples)
+    predicted, tokens = sum(sample.response_tokens for sample in samples), sum(len(sample.ids) for sample in samples)
+    for size, shape in ((256, (2, 64, 8)), (512, (8, 64, 32)), (1 << 14, (8, 64, 32))):
+        (batch, places), *others = fixed_batches(samples, size, 100, 2)
+        inputs = adapter_inputs(batch, {0: 9, 1: 9}, 2, places)
+        assert inputs.shape == shape
+        if not others:
+            assert (inputs.shares > 0).sum() == predicted and inputs.own.sum() == len(samples)
+            assert batch.attention_mask.sum() == tokens and (batch.labels >= 0).sum() == predicted
+            gates = gate_inputs(batch, batch.attention_mask.float(), 0.5, places)
+            assert gates.shape == shape and gates.shares.sum() == 0.5 * predicted
+            assert not gates.without_effect().weights.any() and not gates.without_effect().shares.any()
+    (batch, places), *_ = fixed_batches(samples_of([64] * 8), 512, 100, 2)
+    assert places == 32, "a 16th of the tokens, if no more are needed"
 
 
 def test_losses_and_gradients_are_those_of_plain_batches(core, tiny_llama, tmp_path):
@@ -67,15 +80,21 @@ def test_losses_and_gradients_are_those_of_plain_batches(core, tiny_llama, tmp_p
     for p in parameters:
         p.grad.zero_()
 
-    found, inputs = torch.zeros(2), {}
-    for batch in fixed_batches(samples, responses, 2, 400, 200, 2):
-        fixed = inputs.setdefault(batch.shape, batch.to(torch.device("cpu")))
-        fixed.fill(batch)
-        model.state.own = fixed.own
-        losses = fixed.shares @ place_losses(model, fixed.input_ids, fixed.places, fixed.targets)
+    found, shapes = torch.zeros(2), set()
+
+    def one_pass(inputs):
+        shapes.add(inputs.shape)
+        model.state.own = inputs.own
+        losses = inputs.shares @ place_losses(model, inputs.input_ids, inputs.places, inputs.targets)
         losses.sum().backward()
-        found += losses.detach()
-    assert len(inputs) > 1
+        found.add_(losses.detach())
+
+    config = TrainingConfig(tokens_per_batch=400, max_length=200)
+    run = SimpleNamespace(config=config, pad_id=2, device=torch.device("cpu"))
+    with without_masks(model, True):
+        passes = Passes(run, core.Repeated(None, "a pass"), one_pass)
+        passes.run(samples, [], lambda batch, places: adapter_inputs(batch, responses, 2, places))
+    assert len(shapes) > 1
     torch.testing.assert_close(found, expected)
     for p, gradient in zip(parameters, gradients, strict=True):
         assert (p.grad - gradient).norm() <= 1e-5 * gradient.norm()

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates, training_loop
-from meteora.batches import collate, encode
-from meteora.training import _forward_joint, _forward_local, _token_weights
+from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, passes, train_gates, training, training_loop
+from meteora.batches import by_task, collate, encode
+from meteora.passes import gate_inputs
+from meteora.training import _forward_joint, _GateTrainer
+from meteora.training_loop import TrainingRun
 
 CPU = torch.device("cpu")
 KEYS = ["step", "loss", "lm_loss", "gate_loss", "gate_accuracy"]
@@ -62,9 +64,8 @@ def written_out(model, batch, beta):
 def test_joint_is_the_loss_written_out(core, make, top_k):
     model, reference = make(top_k=top_k), make(top_k=top_k)
     batch, tokens, responses = batch_of(core)
-    config = GateTrainingConfig(beta=3.0)
-    weights = _token_weights(batch, config, tokens, len(batch.tasks)) / len(model.layers)
-    parts = _forward_joint(model, batch, config, weights, responses)
+    weights = batch.attention_mask / tokens / len(model.layers)
+    parts = _forward_joint(model, gate_inputs(batch, weights, 1 / responses), 3.0)
     expected = written_out(reference, batch, 3.0)
     torch.testing.assert_close(parts, torch.stack([p.detach() for p in expected[1:]]), rtol=1e-4, atol=1e-5)
     expected[0].backward()
@@ -78,11 +79,15 @@ def test_joint_is_the_loss_written_out(core, make, top_k):
 @pytest.mark.parametrize("balance", ["token", "sample"])
 def test_the_local_gradient_is_autograds(core, make, balance):
     model = make()
-    batch, tokens, responses = batch_of(core, [{"task": "one", "prompt": "abcdefgh", "response": "x"}, *core.rows(count=1)])
-    config = GateTrainingConfig(balance=balance)
-    weights = _token_weights(batch, config, tokens, len(batch.tasks)) / len(model.layers)
-    _, loss, accuracy = _forward_local(model, batch, config, weights, responses)
-    found = {name: layer.gate.weight.grad for name, layer in model.layers.items()}
+    rows = [{"task": "one", "prompt": "abcdefgh", "response": "x"}, *core.rows(count=1)]
+    groups = by_task(encode(rows, {"one": 0, "two": 1}, core.Tokenizer(), 100))
+    config = GateTrainingConfig(objective="gate", balance=balance, max_grad_norm=1e9)
+    trainer = _GateTrainer(model, config, TrainingRun(model, groups, config, core.Tokenizer(), None))
+    drawn = [sample for samples in groups.values() for sample in samples]
+    batch = collate(drawn, 2, trainer.run.device)
+    row = trainer._step([batch], drawn)
+    loss, accuracy = torch.tensor(row["loss"]), row["gate_accuracy"]
+    found = dict(zip(model.layers, trainer.gradients, strict=True))
     inputs = {}
     for name, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
@@ -97,7 +102,7 @@ def test_the_local_gradient_is_autograds(core, make, balance):
         means.append(torch.cat(rows).mean() if balance == "token" else torch.stack([row.mean() for row in rows]).mean())
     expected = torch.stack(means).mean()
     expected.backward()
-    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(loss, expected.detach().cpu())
     for name, layer in model.layers.items():
         torch.testing.assert_close(found[name], layer.gate.weight.grad, rtol=1e-4, atol=1e-6)
     assert 0 <= accuracy <= 1
@@ -114,7 +119,7 @@ def test_training_learns_the_tasks_and_moves_nothing_else(core, make, objective)
         assert all(row["loss"] == pytest.approx(row["lm_loss"] + row["gate_loss"]) for row in history)
     else:
         assert all(math.isnan(row["lm_loss"]) and row["loss"] == row["gate_loss"] for row in history)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p.cpu(), before[n])}
     assert moved == {n for n in before if n.endswith("gate.weight")}
     assert all(p.grad is None for p in model.parameters()) and model.state.gate_observer is None
     assert model.state.warning is None
@@ -152,6 +157,47 @@ def test_gradient_checkpointing_gives_the_same_history(core, make, recwarn):
         torch.testing.assert_close(gates(checkpointed)[name], gate)
     assert all("forward" not in vars(module) for module in checkpointed.modules())
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
+@pytest.mark.parametrize("balance", ["token", "sample"])
+@pytest.mark.parametrize("objective", ["joint", "gate"])
+def test_passes_that_could_be_recorded_train_the_same(core, make, monkeypatch, objective, balance):
+    options = {"objective": objective, "balance": balance, "samples_per_step": 5}
+    plain, fixed, made = make(), make(), []
+    expected = run(plain, core, **options)
+    monkeypatch.setattr(passes, "Recordings", lambda *args: made.append(core.Repeated(*args)) or made[-1])
+    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: True)
+    for row, other in zip(expected, run(fixed, core, tokens_per_batch=128, **options), strict=True):
+        assert row == pytest.approx(other, rel=1e-4, nan_ok=True)
+    for name, gate in gates(plain).items():
+        torch.testing.assert_close(gates(fixed)[name], gate, rtol=1e-3, atol=1e-4)
+    assert made[0].keys
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("objective", ["joint", "gate"])
+def test_recorded_passes_train_the_same_on_a_gpu(core, make, monkeypatch, caplog, objective, compiled):
+    made = []
+
+    class Watched(passes.Recordings):
+        def __exit__(self, *_):
+            made.append(sum(graph is not None for graph in self._graphs.values()))
+            super().__exit__(*_)
+
+    monkeypatch.setattr(passes, "Recordings", Watched)
+    monkeypatch.setattr(training, "worth_compiling", lambda model, device: compiled)
+    options = {"objective": objective, "max_steps": 12}
+    recorded, plain = make(), make()
+    first = run(recorded, core, **options)
+    assert len(made) == 1 and made[0]
+    assert not [line for line in caplog.records if line.name == "meteora.recording"]
+    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: False)
+    for row, other in zip(first, run(plain, core, **options), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, nan_ok=True)
+    assert len(made) == 1
+    for name, gate in gates(plain).items():
+        torch.testing.assert_close(gates(recorded)[name], gate, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["joint", "gate"])

@@ -9,7 +9,7 @@ from peft import LoraConfig, XLoraConfig, get_peft_model
 
 from data_prep.base_models import load_base_model
 from data_prep.toy import toy_examples
-from meteora import MeteoraModel
+from meteora import MeteoraModel, passes
 from meteora.config import TrainingConfig
 from meteora.study.baselines import share_weights
 from meteora.study.decoding import TranscriptBatch
@@ -111,8 +111,8 @@ def test_training_lowers_the_loss_and_touches_the_classifier_alone(base, xlora, 
     history = train_xlora(xlora, dataset, CONFIG, tokenizer=tokenizer, output_dir=tmp_path / "xlora")
     assert [row["step"] for row in history] == list(range(1, 7))
     assert history[-1]["loss"] < history[0]["loss"]
-    assert all(torch.equal(frozen[name], t) for name, t in xlora.model.state_dict().items())
-    assert not any(torch.equal(start[name], t) for name, t in xlora.classifier.state_dict().items())
+    assert all(torch.equal(frozen[name], t.cpu()) for name, t in xlora.model.state_dict().items())
+    assert not any(torch.equal(start[name], t.cpu()) for name, t in xlora.classifier.state_dict().items())
     assert xlora.model.state.forced is None and xlora.model.state.backend == "auto"
 
 
@@ -130,3 +130,26 @@ def test_what_is_trained_is_kept_until_something_changes(base, adapters, dataset
     assert set(first.identity()["weights"]) == {"base", "adapters", "classifier"}
     other = xlora_method(wrapped, dataset[:-1], CONFIG, **options)
     assert other.identity() != first.identity()
+
+
+def _history(base, adapters, dataset, folder, device="cpu"):
+    model = share_weights(copy.deepcopy(base[0]).to(device))
+    xlora = XLora(MeteoraModel.from_adapters(model, adapters), seed=4).eval()
+    history = train_xlora(xlora, dataset, CONFIG, tokenizer=base[1], output_dir=folder)
+    return [row["loss"] for row in history]
+
+
+def test_passes_that_could_be_recorded_train_the_same(core, base, adapters, dataset, tmp_path, monkeypatch):
+    expected, made = _history(base, adapters, dataset, tmp_path / "plain"), []
+    monkeypatch.setattr(passes, "Recordings", lambda *args: made.append(core.Repeated(*args)) or made[-1])
+    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: True)
+    assert _history(base, adapters, dataset, tmp_path / "fixed") == pytest.approx(expected, rel=1e-4)
+    assert made[0].keys
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_passes_train_the_same_on_a_gpu(base, adapters, dataset, tmp_path, monkeypatch, caplog):
+    recorded = _history(base, adapters, dataset, tmp_path / "recorded", "cuda")
+    assert not [line for line in caplog.records if line.name == "meteora.recording"]
+    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: False)
+    assert _history(base, adapters, dataset, tmp_path / "plain", "cuda") == pytest.approx(recorded, rel=1e-3)

@@ -241,7 +241,7 @@ def adapter_losses(
         texts = [row for name in names for row in examples[name]]
         for task, group in by_task(encode(texts, names, tokenizer, max_length)).items():
             tokens = sum(sample.response_tokens for sample in group)
-            batches = list(micro_batches(group, 2048, tokenizer.pad_token_id, device))
+            batches = list(micro_batches(group, 8192, tokenizer.pad_token_id, device))
             with model.disable_adapters():
                 base = sum(response_losses(model, batch).sum().item() for batch in batches) / tokens
             with model.route_to(model.adapter_names[task]):

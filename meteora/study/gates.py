@@ -56,7 +56,7 @@ def gate_accuracy(
     *,
     forced: bool = False,
     max_length: int = 1024,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = 16384,
     progress: bool = True,
 ) -> GateAccuracy:
     """Compare every gate's largest logit with the sample's task, at every token that is no padding.

@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
 from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up, write_text
@@ -42,6 +43,7 @@ COLUMNS = (
     "objective", "gradient_checkpointing", "hidden_size", "layers", "adapters", "rank", "top_k", "sample_tokens",
     "samples_per_step", "tokens_per_batch", "steps", "dtype", "metric", "value", "unit", "device", "torch", "triton",
 )  # fmt: skip
+_WARM_UP = 2  # steps: the first compiles what the others use, the second is recorded on a GPU
 _UNITS = {"tokens_per_s": "tokens/s", "peak_bytes": "bytes", "hours": "h"}
 
 
@@ -62,7 +64,7 @@ def random_samples(names: Sequence[str], study: TrainingSpeed, vocabulary: int, 
         return "".join(chr(generator.randrange(2, min(vocabulary, 0xD800))) for _ in range(tokens))  # no surrogates
 
     lengths = study.prompt_tokens, study.response_tokens - 1
-    count = study.samples_per_step * (1 + study.steps)
+    count = study.samples_per_step * (_WARM_UP + study.steps)
     return [{"task": n, "prompt": text(lengths[0]), "response": text(lengths[1])} for n in names for _ in range(count)]
 
 
@@ -86,7 +88,7 @@ def measure_training(
             "tokens_per_batch": study.tokens_per_batch, "steps": study.steps, "dtype": dtype,
         }  # fmt: skip
         config = GateTrainingConfig(
-            objective=objective, gradient_checkpointing=checkpointing, max_steps=1 + study.steps, seed=seed,
+            objective=objective, gradient_checkpointing=checkpointing, max_steps=_WARM_UP + study.steps, seed=seed,
             samples_per_step=study.samples_per_step, tokens_per_batch=study.tokens_per_batch, max_length=tokens,
         )  # fmt: skip
         values: dict[str, float | None] = dict.fromkeys(_UNITS)
@@ -106,26 +108,22 @@ def measure_training(
 def _time_training(
     model: MeteoraModel, rows: list[dict[str, str]], config: GateTrainingConfig, device: torch.device
 ) -> tuple[float, int]:
-    """Mean seconds of a step after the first, which loads and compiles what the others use; and the peak in bytes."""
+    """Mean seconds of a step after the first ones, and the peak in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    begins: list[float] = []
+    ends: list[float] = []
 
     def note(*_) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        begins.append(time.perf_counter())
+        ends.append(time.perf_counter())
 
-    # Called once a micro-batch, also where activations are recomputed.
-    hook = model.get_input_embeddings().register_forward_pre_hook(note)
+    hook = register_optimizer_step_post_hook(note)
     try:
         train_gates(model, rows, config, tokenizer=CodePoints())
-        note()
     finally:
         hook.remove()
-    per_step = (len(begins) - 1) // config.max_steps
-    seconds = (begins[-1] - begins[per_step]) / (config.max_steps - 1)
-    return seconds, peak_bytes(device)
+    return (ends[-1] - ends[_WARM_UP - 1]) / (len(ends) - _WARM_UP), peak_bytes(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

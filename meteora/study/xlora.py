@@ -28,9 +28,10 @@ from meteora import MeteoraModel, Routing
 from meteora.batches import Batch, Sample, by_task, encode
 from meteora.config import TrainingConfig
 from meteora.files import atomic_directory
+from meteora.passes import PassInputs, response_inputs, training_passes
 from meteora.study.baselines import Method
 from meteora.study.predictions import fingerprint, model_fingerprints
-from meteora.training_loop import TrainingRun, response_losses
+from meteora.training_loop import TrainingRun, place_losses
 
 WEIGHTS, RECIPE = "classifier.safetensors", "training.json"
 
@@ -87,6 +88,10 @@ class XLora(torch.nn.Module):
             classifier = XLoraClassifier(model, config, count, 1, torch.device("cpu"))
         self.classifier = classifier.to(device).float()  # it is trained, which bfloat16 would not survive
         self.config = model.config
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The language-model head."""
+        return self.model.get_output_embeddings()
 
     def weights(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, hidden) -> the adapters' weights (B * S, N); every row sums to 1."""
@@ -146,21 +151,28 @@ def train_xlora(
             xlora.classifier.load_state_dict(load_file(output_dir / WEIGHTS))
             return left["history"]
     run = TrainingRun(model, by_task(samples), config, tokenizer, output_dir)
-    parameters = list(xlora.classifier.parameters())
+    parameters = list(xlora.classifier.to(run.device).parameters())
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    total = torch.zeros(1, device=run.device)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
+    def one_pass(inputs: PassInputs) -> None:
+        loss = place_losses(xlora, inputs.input_ids, inputs.places, inputs.targets) @ inputs.shares
+        loss.backward()
+        total.add_(loss.detach())
+
     def step(batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
-        responses = sum(sample.response_tokens for sample in drawn)
-        total = torch.zeros(1, device=run.device)
-        for batch in batches:
-            loss = response_losses(xlora, batch).sum() * (batch.weight / responses)
-            loss.backward()
-            total += loss.detach()
+        share = 1 / sum(sample.response_tokens for sample in drawn)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.zero_()
+        total.zero_()
+        passes.run(drawn, batches, lambda batch, places: response_inputs(batch, share, places))
         (loss,) = run.sum_over_processes(parameters, total).tolist()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         return {"loss": loss}
 
-    history = run.loop(optimizer, parameters, step, name="X-LoRA")
+    with training_passes(xlora, run, "train_xlora", one_pass) as passes:
+        history = run.loop(optimizer, parameters, step, name="X-LoRA")
     with atomic_directory(output_dir) as directory:
         save_file({name: t.contiguous() for name, t in xlora.classifier.state_dict().items()}, directory / WEIGHTS)
         (directory / RECIPE).write_text(json.dumps({"recipe": recipe, "history": history}) + "\n", encoding="utf-8")
