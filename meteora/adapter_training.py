@@ -20,9 +20,9 @@ from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
 from meteora.model import MeteoraModel
-from meteora.passes import AdapterInputs, Passes, adapter_inputs, training_passes
+from meteora.passes import AdapterInputs, Passes, adapter_inputs, training_passes, weighted_losses
 from meteora.stacks import Stack, stack_weights
-from meteora.training_loop import TrainingRun, place_losses
+from meteora.training_loop import TrainingRun
 
 
 def train_adapters(
@@ -133,8 +133,6 @@ class _AdapterTrainer:
         return history
 
     def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
-        for stack in self.A + self.B:
-            stack.values.grad = stack.gradient.zero_()
         losses = self.run.sum_over_processes(self.parameters, self._mean_losses(drawn, batches, backward=True)).tolist()
         self._clip()
         return {"loss": sum(losses) / len(losses), "losses": losses}
@@ -149,14 +147,17 @@ class _AdapterTrainer:
         for sample in samples:
             responses[sample.task] += sample.response_tokens
         self.losses.zero_()
-        count = len(self.names)
-        self.passes.run(samples, batches, lambda batch, places: adapter_inputs(batch, responses, count, places), backward)
+
+        def inputs_of(batch: Batch, places: int | None) -> AdapterInputs:
+            return adapter_inputs(batch, responses, len(self.names), places)
+
+        self.passes.run(samples, batches, inputs_of, backward)
         return self.losses
 
     def _pass(self, inputs: AdapterInputs, backward: bool) -> None:
         """Add this batch's part of every adapter's mean loss, and perhaps of its gradient."""
         with self._own(inputs.own):
-            losses = inputs.shares @ place_losses(self.model, inputs.input_ids, inputs.places, inputs.targets)
+            losses = weighted_losses(self.model, inputs)
         if backward:
             losses.sum().backward()
         self.losses += losses.detach()

@@ -27,7 +27,8 @@ def fixed_batches(
     """
     for group, rows, length in fixed_groups(samples, max_tokens, max_length):
         batch = _padded(collate(group, pad_id, torch.device("cpu")), rows, length, pad_id)
-        yield batch, _power_of_two(max(sum(sample.response_tokens for sample in group), rows * length // _TOKENS_PER_PLACE))
+        needed = sum(sample.response_tokens for sample in group)
+        yield batch, _power_of_two(max(needed, rows * length // _TOKENS_PER_PLACE))
 
 
 def _padded(batch: Batch, rows: int, length: int, pad_id: int) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meteora.batches import Batch, Sample, response_places
 from meteora.fixed_batches import fixed_batches
 from meteora.recording import Recordings, can_be_recorded, without_masks
-from meteora.training_loop import TrainingRun
+from meteora.training_loop import TrainingRun, place_losses
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,18 @@ class AdapterInputs(PassInputs):
 
 @dataclass(frozen=True)
 class GateInputs(PassInputs):
-    """Of gates in training: ``shares`` (P,), ``tasks`` (B, S), and ``weights`` (B, S) float32 of each token's choice."""
+    """Of gates in training: ``shares`` (P,), ``tasks`` (B, S), ``weights`` (B, S) float32 of each token's choice."""
 
     tasks: Tensor
     weights: Tensor
 
     def without_effect(self) -> GateInputs:
         return replace(super().without_effect(), weights=torch.zeros_like(self.weights))
+
+
+def weighted_losses(model: nn.Module, inputs: PassInputs) -> Tensor:
+    """The loss () or each adapter's (N,): the cross-entropies at all places, as much of them as counts."""
+    return inputs.shares @ place_losses(model, inputs.input_ids, inputs.places, inputs.targets)
 
 
 def response_inputs(batch: Batch, share: float, places: int | None = None) -> PassInputs:
@@ -120,7 +125,11 @@ class Passes:
 
     @property
     def recorded(self) -> bool:
-        """Whether passes are recorded, unless that turns out to be impossible."""
+        """Whether passes are recorded, unless that turns out to be impossible.
+
+        Compiling their layers as well is not worth it: what the kernels save in a few hundred steps is about the time
+        that compiling takes.
+        """
         return self._recordings is not None
 
     def run(

@@ -17,7 +17,7 @@ class Stack:
 
     Attributes:
         values: (L, N * r, in) or (L, out, N * r) float32, of which every layer has a view.
-        gradient: likewise; the layers' gradients are views of it.
+        gradient: likewise, that of ``values``; the layers' gradients are views of it.
         best: likewise, each adapter's as it was at its lowest validation loss.
         axis: of the N * r columns.
         scaling: the gradient of PEFT's own matrix is that of ours times it.
@@ -45,6 +45,7 @@ def stack_weights(layers: Mapping[str, MeteoraLinear], half: str, axis: int, sca
     for modules in alike.values():
         values = torch.stack([getattr(layers[module], half).detach().float() for module in modules])
         stack = Stack(modules, nn.Parameter(values), torch.zeros_like(values), values.clone(), axis, scaling)
+        stack.values.grad = stack.gradient
         for n, module in enumerate(modules):
             parameter = nn.Parameter(values[n])
             parameter.grad = stack.gradient[n]

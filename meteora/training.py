@@ -20,9 +20,9 @@ from meteora.config import GateTrainingConfig
 from meteora.gating import gate_cross_entropy
 from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel
-from meteora.passes import GateInputs, Passes, gate_inputs, training_passes
+from meteora.passes import GateInputs, Passes, gate_inputs, training_passes, weighted_losses
 from meteora.sharding import is_sharded
-from meteora.training_loop import TrainingRun, place_losses
+from meteora.training_loop import TrainingRun
 
 _PIECES = 32  # a GPU's 132 multiprocessors have 5 pieces each of a sum for 576 inputs
 
@@ -82,12 +82,11 @@ def _forget_prototypes(model: MeteoraModel) -> None:
 
 
 class _GateTrainer:
-    """The gradients stay where they are, and every step adds to them anew, as recorded passes must."""
+    """All gates of a model, each with its own gradient in objective ``gate``, through the model in ``joint``."""
 
     def __init__(self, model: MeteoraModel, config: GateTrainingConfig, run: TrainingRun) -> None:
         self.model, self.config, self.run = model, config, run
         self.gates = [layer.gate.weight for layer in model.layers.values()]
-        self.gradients = [torch.zeros_like(gate) for gate in self.gates]
         self.totals = torch.zeros(3, device=run.device)  # of a step: both losses and the gates' accuracy
         self.passes = Passes(run, None, self._pass)
 
@@ -109,9 +108,6 @@ class _GateTrainer:
         config, run = self.config, self.run
         tokens = sum(len(sample.ids) for sample in drawn)
         share = 1 / sum(sample.response_tokens for sample in drawn)
-        torch._foreach_zero_(self.gradients)
-        for gate, gradient in zip(self.gates, self.gradients, strict=True):
-            gate.grad = gradient
         self.totals.zero_()
 
         def inputs_of(batch: Batch, places: int | None) -> GateInputs:
@@ -172,7 +168,7 @@ class _GateLoss:
 
 
 def _product_over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """a (T, m), b (T, n) -> a^T b (m, n), in pieces side by side: a GPU has few threads for one long sum of few rows."""
+    """a (T, m), b (T, n) -> a^T b (m, n), in pieces side by side: one long sum for few results fills no GPU."""
     if torch.compiler.is_compiling():  # a number of tokens that is divided would tie the graph to it
         return a.t() @ b
     size = len(a) // _PIECES
@@ -184,7 +180,7 @@ def _product_over_tokens(a: Tensor, b: Tensor) -> Tensor:
 def _forward_local(model: MeteoraModel, inputs: GateInputs) -> Tensor:
     loss = _GateLoss(inputs, local=True)
     with torch.no_grad(), _observed(model, loss):
-        # Without a mask of its own, as in place_losses.
+        # Without a mask of its own, as in training_loop.place_losses.
         _backbone(model)(input_ids=inputs.input_ids, use_cache=False)
     return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct])
 
@@ -192,7 +188,7 @@ def _forward_local(model: MeteoraModel, inputs: GateInputs) -> Tensor:
 def _forward_joint(model: MeteoraModel, inputs: GateInputs, beta: float) -> Tensor:
     loss = _GateLoss(inputs, local=False)
     with _observed(model, loss):
-        lm_loss = place_losses(model, inputs.input_ids, inputs.places, inputs.targets) @ inputs.shares
+        lm_loss = weighted_losses(model, inputs)
         loss.closed = True
         (lm_loss + beta * loss.loss).backward()
     return torch.stack([lm_loss.detach(), loss.loss.detach(), loss.correct])

@@ -85,13 +85,19 @@ class TrainingRun:
         after_step: Callable[[int], list[dict]] = lambda step: [],
         extra: dict[str, Tensor] | None = None,
     ) -> list[dict]:
-        """Call ``step(batches, samples)``, which leaves gradients and returns a row of the history, once a step.
+        """Call ``step(batches, samples)``, which adds to the gradients and returns a row of the history, once a step.
+
+        The gradients of ``parameters`` are tensors that stay where they are, as recorded passes need it; they are zero
+        when a step begins.
 
         ``after_step`` may add rows; ``extra`` are further tensors, changed in place, that a resumed run needs.
         """
         config = self.config
         scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * self.steps), self.steps)
         history: list[dict] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         first = self._resume(optimizer, scheduler, parameters, extra or {}, history)
         last_save = time.monotonic()
         drawn = balanced_steps(self.groups, config.samples_per_step, self.steps, config.seed, self.mixed_per_step)
@@ -102,7 +108,7 @@ class TrainingRun:
             row = step(self._batches(samples), samples)
             optimizer.step()
             scheduler.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             history.append({"step": number, **row})
             history.extend(after_step(number))
             bar.set_postfix(loss=f"{row['loss']:.3f}")
@@ -116,8 +122,7 @@ class TrainingRun:
         if self.accelerator.num_processes == 1:
             return totals
         for parameter in parameters:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(grad, reduction="sum")
+            parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="sum"))
         return self.accelerator.reduce(totals, reduction="sum")
 
     def forget_checkpoint(self) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from meteora import passes
+
 # The models are tiny, and several test processes run at once.
 torch.set_num_threads(1)
 
@@ -80,17 +82,38 @@ class Repeated(AbstractContextManager):
     """In place of `Recordings`: every step is just run, the first time of a key after its rehearsal."""
 
     def __init__(self, device, name):
-        self.keys = []
+        self.keys = []  # of all runs
 
     def run(self, key, step, *, rehearsal):
         if key not in self.keys:
-            self.keys.append(key)
             rehearsal()
+        self.keys.append(key)
         with NothingWaits():
             step()
 
     def __exit__(self, *_):
         pass
+
+
+def repeat_recordings(monkeypatch, module):
+    """Let the trainings of ``module`` take any model for one that can be recorded; the list of what they then use."""
+    made = []
+    monkeypatch.setattr(module, "Recordings", lambda *args: made.append(Repeated(*args)) or made[-1])
+    monkeypatch.setattr(module, "can_be_recorded", lambda model, device: True)
+    return made
+
+
+def watch_recordings(monkeypatch):
+    """How many graphs each training has made, once it has ended."""
+    made = []
+
+    class Watched(passes.Recordings):
+        def __exit__(self, *_):
+            made.append(sum(graph is not None for graph in self._graphs.values()))
+            super().__exit__(*_)
+
+    monkeypatch.setattr(passes, "Recordings", Watched)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +138,8 @@ def core():
 
     return SimpleNamespace(
         make_adapter=make_adapter, randomize_gates=randomize_gates, tokens=tokens, rows=rows,
-        Tokenizer=CharacterTokenizer, Repeated=Repeated, all_linear=ALL_LINEAR,
+        Tokenizer=CharacterTokenizer, all_linear=ALL_LINEAR,
+        Repeated=Repeated, repeat_recordings=repeat_recordings, watch_recordings=watch_recordings,
     )  # fmt: skip
 
 

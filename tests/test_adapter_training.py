@@ -135,9 +135,7 @@ def test_passes_that_could_be_recorded_train_the_same(core, train, monkeypatch, 
     validation = {"one": core.rows(("one",), 3)}
     options = {"validation": validation, "evaluate_every": 2, "max_grad_norm": 0.05, "samples_per_step": 5}
     plain, first = train(**options)
-    made = []
-    monkeypatch.setattr(passes, "Recordings", lambda *args: made.append(core.Repeated(*args)) or made[-1])
-    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: True)
+    made = core.repeat_recordings(monkeypatch, passes)
     fixed, second = train(folder="fixed", tokens_per_batch=tokens_per_batch, **options)
     for task in ("one", "two"):
         assert losses(plain, task) == pytest.approx(losses(fixed, task), rel=1e-4)
@@ -166,16 +164,9 @@ def _operations_of_a_step(core, base, layers):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recorded_passes_train_the_same_on_a_gpu(core, train, tiny_llama, monkeypatch, caplog, compiled):
-    made = []
-
-    class Watched(passes.Recordings):
-        def __exit__(self, *_):
-            made.append(sum(graph is not None for graph in self._graphs.values()))
-            super().__exit__(*_)
-
+    made = core.watch_recordings(monkeypatch)
     validation = {"one": core.rows(("one",), 3)}
     options = {"validation": validation, "evaluate_every": 3, "max_steps": 12, "max_grad_norm": 0.05}
-    monkeypatch.setattr(passes, "Recordings", Watched)
     monkeypatch.setattr(adapter_training, "worth_compiling", lambda model, device: compiled)
     recorded, first = train(folder="recorded", **options)
     assert len(made) == 1 and made[0] > 1, "of steps and of validations"

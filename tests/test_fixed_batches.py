@@ -8,9 +8,9 @@ from meteora import MeteoraModel
 from meteora.batches import Sample, collate, encode
 from meteora.config import TrainingConfig
 from meteora.fixed_batches import fixed_batches, fixed_groups
-from meteora.passes import Passes, adapter_inputs, gate_inputs
+from meteora.passes import Passes, adapter_inputs, gate_inputs, weighted_losses
 from meteora.recording import without_masks
-from meteora.training_loop import place_losses, response_losses
+from meteora.training_loop import response_losses
 
 
 def samples_of(lengths):
@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_plain_batches(core, tiny_llama, tmp_p
     def one_pass(inputs):
         shapes.add(inputs.shape)
         model.state.own = inputs.own
-        losses = inputs.shares @ place_losses(model, inputs.input_ids, inputs.places, inputs.targets)
+        losses = weighted_losses(model, inputs)
         losses.sum().backward()
         found.add_(losses.detach())
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -101,25 +100,11 @@ def notes(composed):
     return {task: json.loads((path / NOTE).read_text()) for task, path in composed.items()}
 
 
-def test_an_evaluation_that_could_be_recorded_finds_the_same(base, adapters, examples, tmp_path, monkeypatch):
-    expected, keys = compose(base, adapters, examples, tmp_path / "plain"), []
-
-    class Repeated(AbstractContextManager):
-        def __init__(self, device, name):
-            keys.append([])
-
-        def run(self, key, step, *, rehearsal):
-            rehearsal()
-            keys[-1].append(key)
-            step()
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(lorahub, "Recordings", Repeated)
-    monkeypatch.setattr(lorahub, "can_be_recorded", lambda model, device: True)
+def test_an_evaluation_that_could_be_recorded_finds_the_same(core, base, adapters, examples, tmp_path, monkeypatch):
+    expected = compose(base, adapters, examples, tmp_path / "plain")
+    made = core.repeat_recordings(monkeypatch, lorahub)
     assert notes(compose(base, adapters, examples, tmp_path / "recorded")) == notes(expected)
-    assert keys == [["loss"] * 8] * 2, "one recording a task"
+    assert [recordings.keys for recordings in made] == [["loss"] * 8] * 2, "one recording a task"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -85,9 +85,11 @@ def test_the_local_gradient_is_autograds(core, make, balance):
     trainer = _GateTrainer(model, config, TrainingRun(model, groups, config, core.Tokenizer(), None))
     drawn = [sample for samples in groups.values() for sample in samples]
     batch = collate(drawn, 2, trainer.run.device)
+    for gate in trainer.gates:
+        gate.grad = torch.zeros_like(gate)
     row = trainer._step([batch], drawn)
     loss, accuracy = torch.tensor(row["loss"]), row["gate_accuracy"]
-    found = dict(zip(model.layers, trainer.gradients, strict=True))
+    found = {name: layer.gate.weight.grad for name, layer in model.layers.items()}
     inputs = {}
     for name, layer in model.layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
@@ -163,10 +165,9 @@ def test_gradient_checkpointing_gives_the_same_history(core, make, recwarn):
 @pytest.mark.parametrize("objective", ["joint", "gate"])
 def test_passes_that_could_be_recorded_train_the_same(core, make, monkeypatch, objective, balance):
     options = {"objective": objective, "balance": balance, "samples_per_step": 5}
-    plain, fixed, made = make(), make(), []
+    plain, fixed = make(), make()
     expected = run(plain, core, **options)
-    monkeypatch.setattr(passes, "Recordings", lambda *args: made.append(core.Repeated(*args)) or made[-1])
-    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: True)
+    made = core.repeat_recordings(monkeypatch, passes)
     for row, other in zip(expected, run(fixed, core, tokens_per_batch=128, **options), strict=True):
         assert row == pytest.approx(other, rel=1e-4, nan_ok=True)
     for name, gate in gates(plain).items():
@@ -178,14 +179,7 @@ def test_passes_that_could_be_recorded_train_the_same(core, make, monkeypatch, o
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("objective", ["joint", "gate"])
 def test_recorded_passes_train_the_same_on_a_gpu(core, make, monkeypatch, caplog, objective, compiled):
-    made = []
-
-    class Watched(passes.Recordings):
-        def __exit__(self, *_):
-            made.append(sum(graph is not None for graph in self._graphs.values()))
-            super().__exit__(*_)
-
-    monkeypatch.setattr(passes, "Recordings", Watched)
+    made = core.watch_recordings(monkeypatch)
     monkeypatch.setattr(training, "worth_compiling", lambda model, device: compiled)
     options = {"objective": objective, "max_steps": 12}
     recorded, plain = make(), make()

@@ -140,9 +140,8 @@ def _history(base, adapters, dataset, folder, device="cpu"):
 
 
 def test_passes_that_could_be_recorded_train_the_same(core, base, adapters, dataset, tmp_path, monkeypatch):
-    expected, made = _history(base, adapters, dataset, tmp_path / "plain"), []
-    monkeypatch.setattr(passes, "Recordings", lambda *args: made.append(core.Repeated(*args)) or made[-1])
-    monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: True)
+    expected = _history(base, adapters, dataset, tmp_path / "plain")
+    made = core.repeat_recordings(monkeypatch, passes)
     assert _history(base, adapters, dataset, tmp_path / "fixed") == pytest.approx(expected, rel=1e-4)
     assert made[0].keys
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from data_prep.prepare import load_split
 from data_prep.splits import stable_rng
 from meteora import MeteoraConfig, MeteoraModel
 from meteora.adapters import load_adapter

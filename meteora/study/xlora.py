@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +28,10 @@ from meteora import MeteoraModel, Routing
 from meteora.batches import Batch, Sample, by_task, encode
 from meteora.config import TrainingConfig
 from meteora.files import atomic_directory
-from meteora.passes import PassInputs, response_inputs, training_passes
+from meteora.passes import PassInputs, response_inputs, training_passes, weighted_losses
 from meteora.study.baselines import Method
 from meteora.study.predictions import fingerprint, model_fingerprints
-from meteora.training_loop import TrainingRun, place_losses
+from meteora.training_loop import TrainingRun
 
 WEIGHTS, RECIPE = "classifier.safetensors", "training.json"
 
@@ -152,19 +152,16 @@ def train_xlora(
             return left["history"]
     run = TrainingRun(model, by_task(samples), config, tokenizer, output_dir)
     parameters = list(xlora.classifier.to(run.device).parameters())
-    gradients = [torch.zeros_like(parameter) for parameter in parameters]
     total = torch.zeros(1, device=run.device)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def one_pass(inputs: PassInputs) -> None:
-        loss = place_losses(xlora, inputs.input_ids, inputs.places, inputs.targets) @ inputs.shares
+        loss = weighted_losses(xlora, inputs)
         loss.backward()
         total.add_(loss.detach())
 
     def step(batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
         share = 1 / sum(sample.response_tokens for sample in drawn)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.zero_()
         total.zero_()
         passes.run(drawn, batches, lambda batch, places: response_inputs(batch, share, places))
         (loss,) = run.sum_over_processes(parameters, total).tolist()
