@@ -164,6 +164,28 @@ def test_studies_run_without_a_notebook_until_the_time_is_up(workspace, ablation
     assert not run_studies(ablations, ["mine"], time_limit=-1) and not produced
 
 
+def test_the_command_writes_what_is_kept_of_every_study(tmp_path, workspace, whole, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    shutil.copytree(workspace.root, tmp_path / "files")
+    values = yaml.safe_load((workspace.root / "smoke.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(values | {"root": str(tmp_path / "files")}), encoding="utf-8")
+    mine = Workspace(tmp_path / "smoke.yaml")
+    (mine.artifacts / "ablations" / "top_k" / "k%3D3.json").unlink()
+    outdated = mine.artifacts / "ablations" / "gates" / "joint.json"
+    outdated.write_text(outdated.read_text(encoding="utf-8").replace('"fingerprint": "', '"fingerprint": "not '))
+    finished = whole[~whole["variant"].isin(["k=3", "joint"])]
+    monkeypatch.setattr(core, "open_study", None)  # nothing can be produced
+    monkeypatch.setattr("meteora.study.ablations_composites.open_study", None)
+    for options in (["--time-limit", "-1"], ["--studies", "seeds", "reference"]):
+        caplog.clear()
+        assert ablation_studies.main(["--profile", str(tmp_path / "smoke.yaml"), *options]) == 0
+        written = mine.metrics / "ablations.csv"
+        assert written.read_text(encoding="utf-8") == finished.to_csv(index=False, lineterminator="\n")
+        assert "not yet: top_k: k=3, gates: joint" in caplog.messages
+        written.unlink()
+    assert caplog.messages[-1] == "complete"
+
+
 def test_studies_of_a_profile_without_them(caplog):
     assert ablation_studies.main(["--profile", "laptop"]) == 2
     assert "laptop" in caplog.text and "ablations" in caplog.text

@@ -13,7 +13,9 @@ import meteora
 from data_prep.base_models import load_base_model
 from meteora.study.benchmark_rows import RowFile, make_row
 from meteora.study.profiles import REPOSITORY
-from meteora.study.readme import NO_RESULTS, README, READMES, claims_block, fill, results_block, speed_block
+from meteora.study.readme import (
+    NO_RESULTS, README, READMES, claims_block, fill, results_block, speed_block, training_block,
+)  # fmt: skip
 from meteora.study.tables import interval_text
 
 TEXT = README.read_text(encoding="utf-8")
@@ -58,6 +60,29 @@ def test_speed_block(tmp_path) -> None:
     block = speed_block(tmp_path)
     assert "| next token behind 1,023, batch of 8 | 10.0 ms |  | 1.10x |  |  | 15x* |" in block
     assert "on one a GPU" in block and "28 adapters of rank 8" in block
+
+
+def test_training_block(tmp_path) -> None:
+    assert training_block(tmp_path) == NO_RESULTS
+    metrics = tmp_path / "smollm2" / "metrics"
+    metrics.mkdir(parents=True)
+    setting = {
+        "adapters": 28, "rank": 8, "top_k": 2, "sample_tokens": 256, "samples_per_step": 56, "steps": 4,
+        "dtype": "bfloat16", "device": "a GPU",
+    }  # fmt: skip
+    rows = [
+        ("joint", True, "tokens_per_s", 6012.3, "tokens/s"),
+        ("joint", True, "peak_bytes", 2.27e10, "bytes"),
+        ("joint", True, "hours", 0.331, "h"),
+        *(("gate", False, metric, None, "out of memory") for metric in ("tokens_per_s", "peak_bytes", "hours")),
+    ]
+    columns = ["objective", "gradient_checkpointing", "metric", "value", "unit"]
+    pd.DataFrame(rows, columns=columns).assign(**setting).to_csv(metrics / "training_speed.csv", index=False)
+    block = training_block(tmp_path)
+    assert "| objective | tokens/s | peak GPU memory | hours for 28,000 samples |" in block
+    assert "| `joint`, with gradient checkpointing | 6,012 | 22.7 GB | 0.33 |" in block
+    assert "| `gate` | out of memory | out of memory | out of memory |" in block
+    assert "on one a GPU" in block and "samples of 256 random tokens, 56 in a step" in block
 
 
 def test_results_block(tmp_path) -> None:

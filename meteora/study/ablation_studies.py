@@ -1,10 +1,11 @@
-"""Every study of notebook 06 by its name, in the order in which they stand there.
+"""Every study of notebook 06 by its name.
 
 A machine without notebooks runs some of them by::
 
     python -P -m meteora.study.ablation_studies --profile smollm2 --studies reference gates --time-limit 500
 
-What they find is kept in ``artifacts/<profile>/ablations``, variant by variant, and notebook 06 takes it from there.
+What they find is kept in ``artifacts/<profile>/ablations``, variant by variant, and notebook 06 takes it from there. At
+its end, also when the time is up, the command writes ``results/<profile>/metrics/ablations.csv`` with all that is kept.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from meteora.study import (
     ablations_speed,
     ablations_tasks,
 )
-from meteora.study.ablations import Ablations, Variant, reference_study
+from meteora.study.ablations import COLUMNS, Ablations, Variant, reference_study
 from meteora.study.artifacts import ArtifactError, Workspace, set_up
+from meteora.study.measures import Row
 from meteora.study.profiles import ProfileError, load_profile
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,23 @@ def run_studies(ablations: Ablations, names: Sequence[str], *, time_limit: float
     return True
 
 
+def write_kept(ablations: Ablations) -> None:
+    """Write `ablations.csv` with the rows of all variants that are kept, of every study; log those that are not."""
+    rows: list[Row] = []
+    missing = []
+    for name, study in STUDIES.items():
+        for variant in study(ablations):
+            kept = ablations.kept(name, variant)
+            if kept is None:
+                missing.append(f"{name}: {variant.name}")
+            else:
+                rows += kept
+    if rows:
+        ablations.workspace.write_csv("ablations.csv", pd.DataFrame(rows, columns=COLUMNS))
+    if missing:
+        logger.info("not yet: %s", ", ".join(missing))
+
+
 def _summary(rows: pd.DataFrame) -> str:
     """What is no single task's."""
     rows = rows[rows["task"].isna() | (rows["task"] == "ALL")]
@@ -78,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ProfileError(f"profile {workspace.profile.name!r} has no section ablations; give it one")
         ablations = Ablations(workspace, device=set_up(workspace.profile))
         complete = run_studies(ablations, options.studies, time_limit=options.time_limit)
+        write_kept(ablations)
     except (ProfileError, ArtifactError, DataError) as error:
         logger.error("error: %s", error)
         return 2

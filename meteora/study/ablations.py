@@ -80,19 +80,29 @@ class Ablations:
         """The rows of all variants, produced where they are not kept; ``seconds`` are those that producing them took."""
         rows: list[Row] = []
         for variant in variants:
-            path = self.folder / quote(study, safe="") / f"{quote(variant.name, safe='')}.json"
-            mark = fingerprint([self._inputs, variant.settings])
-            kept = _read(path, mark)
-            if kept is None:
-                begin = time.perf_counter()
-                produced = variant.produce()
-                seconds = round(time.perf_counter() - begin, 1)
-                kept = {"fingerprint": mark, "seconds": seconds, "rows": produced}
-                write_json(path, kept)
-            taken = row("seconds", kept["seconds"], unit="s")
-            rows += [{"study": study, "variant": variant.name, **r} for r in [*kept["rows"], taken]]
+            rows += self.kept(study, variant) or self._produce(study, variant)
         self._frames[study] = rows
         return pd.DataFrame(rows, columns=COLUMNS)
+
+    def kept(self, study: str, variant: Variant) -> list[Row] | None:
+        """The rows of a variant that was finished with the present inputs, else ``None``; nothing is produced."""
+        path, mark = self._place(study, variant)
+        kept = _read(path, mark)
+        return None if kept is None else _named(study, variant, kept)
+
+    def _produce(self, study: str, variant: Variant) -> list[Row]:
+        path, mark = self._place(study, variant)
+        begin = time.perf_counter()
+        produced = variant.produce()
+        seconds = round(time.perf_counter() - begin, 1)
+        kept = {"fingerprint": mark, "seconds": seconds, "rows": produced}
+        write_json(path, kept)
+        return _named(study, variant, kept)
+
+    def _place(self, study: str, variant: Variant) -> tuple[Path, str]:
+        """The file that keeps a variant's rows, and the fingerprint that it has if they are of the present inputs."""
+        path = self.folder / quote(study, safe="") / f"{quote(variant.name, safe='')}.json"
+        return path, fingerprint([self._inputs, variant.settings])
 
     def all(self) -> pd.DataFrame:
         """The rows of every study that was run, for `ablations.csv`."""
@@ -275,6 +285,12 @@ def reference_study(ablations: Ablations) -> Iterator[Variant]:
         return rows + ablations.gate_rows(ablations.study.model, adapters=len(ablations.tasks))
 
     yield Variant("as trained", {}, produce)
+
+
+def _named(study: str, variant: Variant, kept: Mapping[str, Any]) -> list[Row]:
+    """A variant's rows as they stand in `ablations.csv`; the last is how long producing them took."""
+    taken = row("seconds", kept["seconds"], unit="s")
+    return [{"study": study, "variant": variant.name, **r} for r in [*kept["rows"], taken]]
 
 
 def _read(path: Path, mark: str) -> dict[str, Any] | None:

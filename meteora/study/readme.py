@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from meteora.study import training_speed
 from meteora.study.artifacts import write_text
 from meteora.study.benchmark_results import aims_table, side_by_side
 from meteora.study.benchmark_rows import read_rows
@@ -96,6 +97,41 @@ def _whole_models(rows: pd.DataFrame) -> str:
         f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
         f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
         "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy."
+    )
+    return to_markdown(pd.DataFrame(lines), caption)
+
+
+def training_block(results: Path = RESULTS) -> str:
+    """How fast a whole model's gates are trained, and in what memory; of the largest recorded run that timed it."""
+    for name in reversed(ORDER):
+        path = results / name / "metrics" / training_speed.FILE
+        if path.is_file():
+            return _gate_training(pd.read_csv(path))
+    return NO_RESULTS
+
+
+def _gate_training(rows: pd.DataFrame) -> str:
+    """One row an objective; a measurement without a value says why it has none."""
+    budget = f"{training_speed.BUDGET:,}"
+    formats = {
+        "tokens_per_s": ("tokens/s", lambda value: f"{value:,.0f}"),
+        "peak_bytes": ("peak GPU memory", lambda value: f"{value / 1e9:.1f} GB"),
+        "hours": (f"hours for {budget} samples", lambda value: f"{value:.2f}"),
+    }
+    lines = []
+    for (objective, checkpointing), cells in rows.groupby(["objective", "gradient_checkpointing"], sort=False):
+        line = {"objective": f"`{objective}`" + ", with gradient checkpointing" * checkpointing}
+        for cell in cells.itertuples():
+            column, text = formats[cell.metric]
+            line[column] = cell.unit if pd.isna(cell.value) else text(cell.value)
+        lines.append(line)
+    first = rows.iloc[0]
+    caption = (
+        f"Training the gates of a model of Llama-3-8B's shape with random weights: {first['adapters']} adapters of "
+        f"rank {first['rank']} in every linear layer, top-{first['top_k']}, {first['dtype']}, on one "
+        f"{first['device']}; samples of {first['sample_tokens']} random tokens, {first['samples_per_step']} in a step. "
+        f"The memory holds the model's weights too. The hours are what {budget} samples of that length, the paper's "
+        f"1,000 for each task, would take at the speed measured over {first['steps']} steps."
     )
     return to_markdown(pd.DataFrame(lines), caption)
 
@@ -197,7 +233,10 @@ def fill(text: str, blocks: dict[str, str] | None = None) -> str:
 
 def readme_blocks() -> dict[str, str]:
     """Name -> text of the generated blocks of README.md."""
-    return {"results": results_block(), "speed": speed_block(), "profiles": profiles_block(), "claims": claims_block()}
+    return {
+        "results": results_block(), "speed": speed_block(), "training": training_block(), "profiles": profiles_block(),
+        "claims": claims_block(),
+    }  # fmt: skip
 
 
 def kernels_blocks() -> dict[str, str]:
