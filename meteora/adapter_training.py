@@ -76,7 +76,7 @@ def train_adapters(
 class _AdapterTrainer:
     """N adapters side by side in one model: layer l holds A (N * r, in) and B (out, N * r), both float32.
 
-    On a GPU the passes are recorded, where that is possible, for which the batches have few shapes.
+    On a GPU the passes are recorded, where that is possible, for which samples share rows of few shapes.
     """
 
     def __init__(self, model: MeteoraModel, config, groups, held_out, tokenizer, output_dir) -> None:
@@ -164,8 +164,9 @@ class _AdapterTrainer:
 
     @contextmanager
     def _own(self, own: Tensor) -> Iterator[None]:
-        """Inside, every sample uses its own adapter, one-hot in (samples, N)."""
-        self.model.state.own = own
+        """Inside, every token uses its ``own`` (B, S) adapter, or none."""
+        numbers = torch.arange(len(self.names), device=own.device)
+        self.model.state.own = (own.unsqueeze(-1) == numbers).to(self.model.dtype)
         try:
             yield
         finally:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meteora.attention import Texts
+
 IGNORE = -100
 _ROWS_AT_ONCE = 1024  # what a tokenizer holds of each text while it encodes a list is many times the text
 
@@ -36,11 +38,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tensors (B, S) of some samples, and the task of each row.
+    """Right-padded tensors (B, S) of some samples, and the task of each.
 
     ``labels`` is -100 at prompts and padding, ``token_tasks`` the task of every token (0 at padding). Padding is told
     from text by length, never by the pad id: in many tokenizers pad and end-of-text are one id, and the end must be
     learned. ``weight`` is 0 for a batch that counts for nothing, and only keeps a process in step with the others.
+    ``texts`` are those of a single row that all samples share.
     """
 
     input_ids: Tensor
@@ -49,6 +52,14 @@ class Batch:
     token_tasks: Tensor
     tasks: list[int]
     weight: float = 1.0
+    texts: Texts | None = None
+
+    def sample_lengths(self) -> Tensor:
+        """(B, S) or (B, 1): how many tokens the sample has that a token belongs to."""
+        if self.texts is None:
+            return self.attention_mask.sum(1, keepdim=True)
+        begins, ends = self.texts.of_tokens(self.input_ids.shape[1])
+        return (ends - begins).unsqueeze(0)
 
 
 def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_length: int) -> list[Sample]:

@@ -63,7 +63,7 @@ class MixtureState:
     absolute_logits: bool = False  # the gates' rows are Arrow's prototypes, whose sign means nothing
     enabled: bool = True
     forced: ForcedAdapters | None = None
-    own: Tensor | None = None  # (samples, N) one-hot: adapters of one rank are trained, each on its own samples
+    own: Tensor | None = None  # (samples, tokens, N) one-hot: adapters of one rank are trained, each on its own tokens
     trace: Trace | None = None
     gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
     warning: str | None = None  # said once, when untrained gates choose; None once they are trained

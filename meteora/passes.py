@@ -1,4 +1,4 @@
-"""The passes of a training's steps: over batches as they come, or, on a GPU, recorded over batches of few shapes."""
+"""The passes of a training's steps: over batches as they come, or, on a GPU, recorded over rows of few shapes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from meteora.attention import Texts, takes_texts_in_a_row, without_masks
 from meteora.batches import Batch, Sample, response_places
-from meteora.fixed_batches import fixed_batches
-from meteora.recording import Recordings, can_be_recorded, without_masks
+from meteora.packed_batches import packed_batches
+from meteora.recording import Recordings, can_be_recorded
 from meteora.training_loop import TrainingRun, place_losses
 
 
@@ -23,27 +24,40 @@ class PassInputs:
         input_ids: (B, S).
         places: (P,), indices into the B * S tokens; behind each the token of ``targets`` (P,) is to be predicted.
         shares: (P,) or (N, P) float32, how much a place counts in the loss, or in each adapter's.
+        bounds: of the ``texts`` (M of them) that share the one row; ``None`` where every row is a text.
+        longest: see `attention.Texts`.
     """
 
     input_ids: Tensor
     places: Tensor
     targets: Tensor
     shares: Tensor
+    bounds: Tensor | None
+    longest: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, S, P)."""
-        return *self.input_ids.shape, len(self.places)
+    def texts(self) -> Texts | None:
+        return None if self.bounds is None else Texts(self.bounds, self.longest)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S, P), and M if there is one."""
+        shape = *self.input_ids.shape, len(self.places)
+        return shape if self.bounds is None else (*shape, len(self.bounds) - 1)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> PassInputs:
         """A copy on ``device``."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device, copy=True) for field in fields(self)})
+        return replace(self, **{name: tensor.to(device, copy=True) for name, tensor in self._tensors().items()})
 
     def fill(self, inputs: PassInputs) -> None:
         """Take over what has the same shape and is on the CPU. Nobody waits for a GPU's copies."""
-        for field in fields(self):
-            mine, other = getattr(self, field.name), getattr(inputs, field.name)
-            mine.copy_(other.pin_memory() if mine.is_cuda else other, non_blocking=True)
+        others = inputs._tensors()
+        for name, mine in self._tensors().items():
+            mine.copy_(others[name].pin_memory() if mine.is_cuda else others[name], non_blocking=True)
 
     def without_effect(self) -> PassInputs:
         """The same work, of which nothing counts."""
@@ -52,7 +66,7 @@ class PassInputs:
 
 @dataclass(frozen=True)
 class AdapterInputs(PassInputs):
-    """Of N adapters in training: ``shares`` (N, P), ``own`` (B, N) float32, 1 at a row's adapter, else 0."""
+    """Of N adapters in training: ``shares`` (N, P), and the adapter ``own`` (B, S) of every token, -1 for none."""
 
     own: Tensor
 
@@ -70,7 +84,7 @@ class GateInputs(PassInputs):
 
 def weighted_losses(model: nn.Module, inputs: PassInputs) -> Tensor:
     """The loss () or each adapter's (N,): the cross-entropies at all places, as much of them as counts."""
-    return inputs.shares @ place_losses(model, inputs.input_ids, inputs.places, inputs.targets)
+    return inputs.shares @ place_losses(model, inputs.input_ids, inputs.places, inputs.targets, inputs.texts)
 
 
 def response_inputs(batch: Batch, share: float, places: int | None = None) -> PassInputs:
@@ -85,7 +99,9 @@ def response_inputs(batch: Batch, share: float, places: int | None = None) -> Pa
     others = torch.arange(unused, device=needed.device) % batch.labels.numel()
     shares = torch.full(needed.shape, share * batch.weight, device=needed.device)
     pad = torch.nn.functional.pad
-    return PassInputs(batch.input_ids, torch.cat([needed, others]), pad(targets, (0, unused)), pad(shares, (0, unused)))
+    bounds, longest = batch.texts or (None, 0)
+    places = torch.cat([needed, others])
+    return PassInputs(batch.input_ids, places, pad(targets, (0, unused)), pad(shares, (0, unused)), bounds, longest)
 
 
 def adapter_inputs(
@@ -93,28 +109,25 @@ def adapter_inputs(
 ) -> AdapterInputs:
     """A token counts as one of its adapter's ``responses``: the losses of all batches add up to the mean."""
     inputs = response_inputs(batch, 1.0, places)
-    device, rows = batch.input_ids.device, range(len(batch.tasks))  # there may be more, without a sample
-    own = torch.zeros(len(batch.input_ids), adapters, device=device)
-    own[rows, batch.tasks] = 1
-    count = torch.tensor([responses.get(n, 1) for n in range(adapters)], device=device)
-    shares = (own / count)[inputs.places // batch.input_ids.shape[1]].t() * inputs.shares
-    return AdapterInputs(batch.input_ids, inputs.places, inputs.targets, shares, own)
+    own = batch.token_tasks.masked_fill(batch.attention_mask == 0, -1)
+    numbers = torch.arange(adapters, device=own.device).unsqueeze(1)
+    count = torch.tensor([responses.get(n, 1) for n in range(adapters)], device=own.device).unsqueeze(1)
+    shares = (own.flatten()[inputs.places] == numbers) / count * inputs.shares
+    return AdapterInputs(**vars(replace(inputs, shares=shares)), own=own)
 
 
 def gate_inputs(batch: Batch, weights: Tensor, share: float, places: int | None = None) -> GateInputs:
     """Every response token counts ``share``, every choice as ``weights`` (B, S) say."""
     inputs = response_inputs(batch, share, places)
-    return GateInputs(
-        batch.input_ids, inputs.places, inputs.targets, inputs.shares, tasks=batch.token_tasks, weights=weights
-    )
+    return GateInputs(**vars(inputs), tasks=batch.token_tasks, weights=weights)
 
 
 class Passes:
     """Passes over the samples of a step.
 
     Args:
-        recordings: of passes over batches of few shapes, each on the same memory whenever its shape comes; ``None``:
-            the passes are over the batches that the step is given.
+        recordings: of passes over rows of few shapes, each on the same memory whenever its shape comes; ``None``: the
+            passes are over the batches that the step is given.
         one_pass: of some inputs, and of what else ``run`` is given, which has few values. It adds to gradients and sums
             that stay where they are.
     """
@@ -144,8 +157,8 @@ class Passes:
             for batch in batches:
                 self._pass(inputs_of(batch, None), *options)
             return
-        config = self._run.config
-        for batch, places in fixed_batches(samples, config.tokens_per_batch, config.max_length, self._run.pad_id):
+        run = self._run
+        for batch, places in packed_batches(samples, run.config.tokens_per_batch, run.longest, run.pad_id):
             self._run_recorded(inputs_of(batch, places), options)
 
     def _run_recorded(self, inputs: PassInputs, options: tuple[Hashable, ...]) -> None:
@@ -170,7 +183,8 @@ def training_passes(
     Args:
         name: of the training, for the log.
     """
-    recorded = wanted and run.accelerator.num_processes == 1 and can_be_recorded(model, run.device)
+    alone = run.accelerator.num_processes == 1
+    recorded = wanted and alone and can_be_recorded(model, run.device) and takes_texts_in_a_row(model, run.device)
     recordings = Recordings(run.device, f"a pass of {name}") if recorded else nullcontext()
     with without_masks(model, recorded), recordings as made:
         yield Passes(run, made, one_pass)

@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from meteora.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
-
-_WITHOUT_MASKS = "sdpa_without_masks"
 
 Step = Callable[[], Any]
 
@@ -38,25 +34,6 @@ def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
         and full
         and getattr(config, "sliding_window", None) is None
     )
-
-
-@contextmanager
-def without_masks(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, ``model`` makes no mask where it is given none, if ``wanted``; its attention is causal all the same.
-
-    Otherwise transformers looks into the positions for texts that share a row. For that the CPU waits for the GPU, and
-    in a recording, where it cannot, a mask is made in any case, with which attention is several times as slow.
-    """
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    if wanted:
-        # To transformers an attention that it does not know is one that wants no mask.
-        AttentionInterface.register(_WITHOUT_MASKS, sdpa_attention_forward)
-        config._attn_implementation = _WITHOUT_MASKS
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 class Recordings:

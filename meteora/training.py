@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from meteora.batches import Batch, Sample, by_task, encode
+from meteora.attention import one_row_of
+from meteora.batches import IGNORE, Batch, Sample, by_task, encode
 from meteora.checkpoint import check_free_for_checkpoint
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import GateTrainingConfig
@@ -111,6 +113,8 @@ class _GateTrainer:
         self.totals.zero_()
 
         def inputs_of(batch: Batch, places: int | None) -> GateInputs:
+            if config.objective == "gate":  # which predicts nothing
+                batch, places = replace(batch, labels=torch.full_like(batch.labels, IGNORE)), 0
             return gate_inputs(batch, self._token_weights(batch, tokens, len(drawn)), share, places)
 
         self.passes.run(drawn, batches, inputs_of)
@@ -125,7 +129,7 @@ class _GateTrainer:
         """(B, S): how much a token counts in the step's mean over all gates; 0 at pads, 1 in all over its batches."""
         real = batch.attention_mask.float()
         if self.config.balance == "sample":
-            real, count = real / real.sum(1, keepdim=True).clamp(min=1), samples
+            real, count = real / batch.sample_lengths(), samples
         else:
             count = tokens
         return real * (batch.weight / count / len(self.gates))
@@ -179,9 +183,9 @@ def _product_over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
 def _forward_local(model: MeteoraModel, inputs: GateInputs) -> Tensor:
     loss = _GateLoss(inputs, local=True)
-    with torch.no_grad(), _observed(model, loss):
+    with torch.no_grad(), _observed(model, loss), one_row_of(inputs.texts, inputs.input_ids) as positions:
         # Without a mask of its own, as in training_loop.place_losses.
-        _backbone(model)(input_ids=inputs.input_ids, use_cache=False)
+        _backbone(model)(input_ids=inputs.input_ids, use_cache=False, **positions)
     return torch.stack([torch.zeros_like(loss.loss), loss.loss, loss.correct])
 
 

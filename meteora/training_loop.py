@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from meteora.attention import Texts, one_row_of
 from meteora.batches import IGNORE, Batch, Sample, balanced_steps, by_length, collate, response_places
 from meteora.config import TrainingConfig
 from meteora.layer import MeteoraLinear
@@ -61,8 +62,10 @@ class TrainingRun:
         self.groups = groups
         self.mixed_per_step = mixed_per_step
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        longest = max(len(samples) for samples in groups.values())
-        self.steps = config.max_steps or max(1, math.ceil(config.epochs * longest / config.samples_per_step))
+        most = max(len(samples) for samples in groups.values())
+        self.steps = config.max_steps or max(1, math.ceil(config.epochs * most / config.samples_per_step))
+        parts = (*groups.values(), *(held_out or {}).values())
+        self.longest = max(len(sample.ids) for samples in parts for sample in samples)
         self._checkpoint = None
         if output_dir is not None:
             output_dir = Path(output_dir)
@@ -183,14 +186,19 @@ def response_losses(model: nn.Module, batch: Batch) -> Tensor:
     return losses.new_zeros(places.shape).masked_scatter(places, losses).sum(dim=1)
 
 
-def place_losses(model: nn.Module, input_ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+def place_losses(
+    model: nn.Module, input_ids: Tensor, places: Tensor, targets: Tensor, texts: Texts | None = None
+) -> Tensor:
     """Cross-entropy (P,) float32 of the tokens ``targets`` (P,) behind P ``places`` of the tokens ``input_ids`` (B, S).
 
     The model is given no attention mask: behind a causal mask no token sees the padding on its right, and attention
     without a mask of its own is faster. What comes out at the padding is not looked at.
+
+    Args:
+        texts: of the one row, for a model under `without_masks`; ``None``: every row is one text.
     """
-    with _head_at(model, places) as picked:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+    with _head_at(model, places) as picked, one_row_of(texts, input_ids) as positions:
+        logits = model(input_ids=input_ids, use_cache=False, **positions).logits
     logits = logits[0] if picked else logits.flatten(0, 1).index_select(0, places.to(logits.device))
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 

@@ -128,7 +128,7 @@ def test_own_adapters_are_a_routing_of_whole_samples():
     for way in ("own", "given"):
         leaves = [t.clone().requires_grad_() for t in (y, x, A, B)]
         if way == "own":
-            own = torch.nn.functional.one_hot(chosen, adapters).to(y.dtype)
+            own = torch.nn.functional.one_hot(chosen, adapters).to(y.dtype).unsqueeze(1).expand(-1, tokens, -1)
             shaped = (t.unflatten(0, (samples, tokens)) for t in leaves[:2])
             out = mix_own(*shaped, *leaves[2:], own).flatten(0, 1)
         else:

@@ -131,15 +131,18 @@ def test_each_adapter_may_lie_in_a_place_of_its_own(trained, base, examples, tmp
         assert (found.tasks[task] / WEIGHTS).read_bytes() == (tmp_path / f"llama-{task}-lora" / WEIGHTS).read_bytes()
 
 
-def test_lora_f_sees_all_training_examples_there_are(trained, base, examples, tmp_path):
-    training = {"max_steps": 2, "samples_per_step": 2, "learning_rate": 0.01, "evaluate_every": 1}
+@pytest.mark.parametrize(("per_task", "seen"), [(2, 2 * 6), (200, 3 * 360)])
+def test_lora_f_sees_all_training_examples_there_are_or_as_many_as_it_draws(
+    trained, base, examples, tmp_path, per_task, seen
+):
+    training = {"max_steps": 2, "samples_per_step": per_task, "learning_rate": 0.01, "evaluate_every": 1}
     source, lora_f = {"source": str(trained[0].adapters)}, {"source": "train", "rank": 4, "training": training}
     workspace = _workspace(tmp_path, adapters=source, lora_b=None, lora_f=lora_f)
     found = collect_adapters(workspace, *base, *examples)
     assert list(found.single) == ["lora_f"]
     facts = card_facts(found.single["lora_f"])
     # 500 of each toy task, less a fifth for the test and a tenth of the rest for validation
-    assert facts["training samples"] == str(3 * 360) and facts["samples per step"] == "6"
+    assert facts["training samples"] == str(seen) and facts["samples per step"] == str(3 * per_task)
     assert facts["validation samples"] == str(sum(map(len, examples[1].values())))
 
 

@@ -60,7 +60,7 @@ def forced(model, batch, backward=True):
 
 def own(model, batch):
     """The step of `train_adapters`."""
-    model.state.own = torch.nn.functional.one_hot(torch.tensor(batch.tasks), 2).float()
+    model.state.own = torch.nn.functional.one_hot(batch.token_tasks, 2).float()
     losses = response_losses(model, batch)
     model.state.own = None
     losses.sum().backward()

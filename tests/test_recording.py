@@ -1,16 +1,14 @@
-"""Passes as CUDA graphs: which models qualify, attention that needs no mask, and when a step is recorded."""
+"""Passes as CUDA graphs: which models qualify, and when a step is recorded."""
 
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, masking_utils
+from transformers import MistralConfig, MistralForCausalLM
 
 from meteora import recording
-from meteora.batches import collate, encode
-from meteora.recording import Recordings, can_be_recorded, without_masks
-from meteora.training_loop import response_losses
+from meteora.recording import Recordings, can_be_recorded
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -28,21 +26,6 @@ def test_models_with_one_device_and_causal_attention_qualify(tiny_llama):
     for window in (None, 8):
         sliding = MistralForCausalLM(MistralConfig(**size, **heads, sliding_window=window))
         assert can_be_recorded(sliding, GPU) == (window is None)
-
-
-def test_attention_without_masks_is_causal_all_the_same(core, tiny_llama, monkeypatch):
-    samples = encode(core.rows(count=3), {"one": 0, "two": 1}, core.Tokenizer(), 100)
-    batch = collate(samples, 2, CPU)
-    expected = response_losses(tiny_llama, batch)
-    looked = []
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *a: looked.append(a))
-    with without_masks(tiny_llama, False):
-        response_losses(tiny_llama, batch)
-    assert looked, "transformers looks for packed texts as long as its attention is its own"
-    looked.clear()
-    with without_masks(tiny_llama, True):
-        torch.testing.assert_close(response_losses(tiny_llama, batch), expected)
-    assert not looked and tiny_llama.config._attn_implementation == "sdpa"
 
 
 class FakeGPU:

@@ -147,8 +147,10 @@ def test_passes_that_could_be_recorded_train_the_same(core, base, adapters, data
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_recorded_passes_train_the_same_on_a_gpu(base, adapters, dataset, tmp_path, monkeypatch, caplog):
+def test_recorded_passes_train_the_same_on_a_gpu(core, base, adapters, dataset, tmp_path, monkeypatch, caplog):
+    made = core.watch_recordings(monkeypatch)
     recorded = _history(base, adapters, dataset, tmp_path / "recorded", "cuda")
+    assert len(made) == 1 and made[0]
     assert not [line for line in caplog.records if line.name == "meteora.recording"]
     monkeypatch.setattr(passes, "can_be_recorded", lambda model, device: False)
     assert _history(base, adapters, dataset, tmp_path / "plain", "cuda") == pytest.approx(recorded, rel=1e-3)

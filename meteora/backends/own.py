@@ -1,7 +1,6 @@
-"""Each sample's own adapter, for the training of many side by side: the products are of one adapter's rank.
+"""Each token's own adapter, for the training of many side by side.
 
-It is no backend, as it takes adapters of one rank and one of them for all tokens of a sample. Over all adapters' columns
-the gradients of A and B would be sums over all tokens for each of them, zeros mostly.
+It is no backend, as it takes adapters of one rank and one of them for a token, whose gradients are wanted.
 """
 
 import torch
@@ -9,14 +8,15 @@ from torch import Tensor
 
 
 def mix_own(y: Tensor, x: Tensor, A: Tensor, B: Tensor, own: Tensor) -> Tensor:
-    """y (S, L, out) plus the update of each sample's adapter.
+    """y (..., out) plus the update of each token's adapter.
+
+    Two products over all adapters' columns, of which a token's own are kept in between: that each adapter's part is
+    that of few tokens costs less than to gather them, and gradients are sums in a fixed order.
 
     Args:
-        x: (S, L, in), S samples of L tokens.  A: (N * r, in).  B: (out, N * r), scaling folded in.  One dtype.
-        own: (S, N) of the same dtype, 1 at the sample's adapter, else 0. As a factor it makes the gradients sums in a
-            fixed order, which those of picked rows would not be on a GPU.
+        x: (..., in).  A: (N * r, in).  B: (out, N * r), scaling folded in.  One dtype.
+        own: (..., N) of the same dtype, 1 at the token's adapter, else 0.
     """
-    N = own.shape[1]
-    own_A = (own @ A.view(N, -1)).view(len(own), -1, A.shape[1])  # (S, r, in)
-    own_B = (own @ B.t().reshape(N, -1)).view(len(own), -1, B.shape[0])  # (S, r, out)
-    return torch.baddbmm(y, x @ own_A.transpose(1, 2), own_B)
+    hidden = (x @ A.t()).unflatten(-1, (own.shape[-1], -1)) * own.unsqueeze(-1)
+    update = torch.addmm(y.flatten(0, -2), hidden.flatten(-2).flatten(0, -2), B.t())
+    return update.view(y.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ import pandas
 import torch
 
 from data_prep.prepare import load_split
-from meteora import AdapterError, AdapterTrainingConfig, MeteoraModel, train_adapters
+from meteora import AdapterTrainingConfig, MeteoraModel, train_adapters
 from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_directory, file_sha256, load_adapter
 from meteora.batches import by_task, encode, micro_batches
 from meteora.files import atomic_directory
@@ -61,7 +62,8 @@ def collect_adapters(
 
     The profile says where from. Training is skipped if an earlier call left what the same data, settings and code give.
     LoRA-B is trained on the union of the tasks' samples, LoRA-F on all training examples there are, large tasks
-    prevailing; both see in every step as many samples as all the tasks' adapters together.
+    prevailing, or on a random part of them if the training draws no more; both see in every step as many samples as all
+    the tasks' adapters together.
 
     Args:
         base_model: to train them on; given back unchanged.
@@ -99,10 +101,17 @@ def collect_adapters(
         if name == "lora_f":
             folder = prepare_examples(workspace, everything=True)[0]
             samples = {task: load_split(folder, task, "train") for task in train}
-        union, held_out = ({name: [row for rows in part.values() for row in rows]} for part in (samples, valid))
-        history += _train(workspace, base_model, tokenizer, union, held_out, config)
+        union, held_out = ([row for rows in part.values() for row in rows] for part in (samples, valid))
+        if config.max_steps is not None:
+            union = _drawn(union, config.max_steps * config.samples_per_step, profile.seed)
+        history += _train(workspace, base_model, tokenizer, {name: union}, {name: held_out}, config)
         single[name] = adapter_directory(workspace.adapters, name)
     return Collection(found, single, history)
+
+
+def _drawn(rows: list[Example], count: int, seed: int) -> list[Example]:
+    """``count`` of the rows, all where there are no more: what a training does not come to need not be encoded."""
+    return rows if len(rows) <= count else random.Random(seed).sample(rows, count)
 
 
 def collect(name: str, source: str | Path, folder: str | Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from meteora import GateTrainingConfig, MeteoraModel
-from meteora.batches import Sample, balanced_steps, by_task, encode, micro_batches
+from meteora.batches import Batch, Sample, balanced_steps, by_task, encode, micro_batches
 from meteora.study.measures import Example, Row
 from meteora.study.routing import split_module
 
@@ -68,33 +68,45 @@ def gate_accuracy(
     """
     device = next(model.parameters()).device
     counts = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))  # key -> right, all
-    groups = encode_by_task(model, tokenizer, examples, max_length)
-    with tqdm(total=sum(map(len, groups.values())), desc="gate accuracy", unit="text", disable=not progress) as bar:
-        for task, samples in groups.items():
-            name = model.adapter_names[task]
-            for batch in micro_batches(samples, tokens_per_batch, tokenizer.pad_token_id, device):
-                with model.route_to(name) if forced else nullcontext(), model.trace() as trace:
-                    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-                    model(**inputs, use_cache=False, logits_to_keep=1)
-                real, response = batch.attention_mask.bool(), batch.labels >= 0
-                parts = {"prompt": real & ~response, "response": response}
-                ballots = torch.zeros(*real.shape, len(model.adapter_names), device=device)
-                for module, logits in trace.logits.items():
-                    choice = logits.argmax(-1)  # (B, S)
-                    ballots += torch.nn.functional.one_hot(choice, ballots.shape[-1])
-                    for part, where in parts.items():
-                        counts[name, part, module] += _right_and_all(choice == task, where)
-                right = ballots.argmax(-1) == task
-                for part, where in parts.items():
-                    counts[name, part] += _right_and_all(right, where)
-                for position, count in enumerate(_right_and_all(right, real, dim=0)):
-                    counts[position] += count
-                bar.update(len(batch.tasks))
+    samples = [sample for group in encode_by_task(model, tokenizer, examples, max_length).values() for sample in group]
+    with tqdm(total=len(samples), desc="gate accuracy", unit="text", disable=not progress) as bar:
+        for batch in micro_batches(samples, tokens_per_batch, tokenizer.pad_token_id, device):
+            names = [model.adapter_names[task] for task in batch.tasks]
+            with model.route_to(names) if forced else nullcontext(), model.trace() as trace:
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                model(**inputs, use_cache=False, logits_to_keep=1)
+            modules, by_row, by_position = _count(trace.logits, batch)
+            for key, of_rows in zip([(), *((module,) for module in modules)], by_row, strict=True):
+                for name, (prompt, response) in zip(names, of_rows, strict=True):
+                    counts[name, "prompt", *key] += prompt
+                    counts[name, "response", *key] += response
+            for position, count in enumerate(by_position):
+                counts[position] += count
+            bar.update(len(batch.tasks))
     return _rows(counts)
 
 
-def _right_and_all(right: torch.Tensor, where: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    return torch.stack([(right & where).sum(dim), where.sum(dim)], dim=-1).cpu()
+def _count(logits: Mapping[str, torch.Tensor], batch: Batch) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """The modules' names, and on the CPU how many tokens are right, and how many there are.
+
+    Of the majority and then of each module, of each row's prompt and response (1 + modules, B, 2, 2), and of the
+    majority at each position (S, 2).
+    """
+    real, response = batch.attention_mask.bool(), batch.labels >= 0
+    parts = torch.stack([real & ~response, response], dim=1)  # (B, 2, S)
+    tasks = torch.tensor(batch.tasks, device=real.device).unsqueeze(1)
+    ballots, found = 0, []
+    for of_module in logits.values():
+        choice = of_module.argmax(-1)  # (B, S)
+        ballots = ballots + torch.nn.functional.one_hot(choice, of_module.shape[-1])
+        found.append(choice == tasks)
+    right = ballots.argmax(-1) == tasks
+    by_row = torch.stack([_right_and_all(choice.unsqueeze(1), parts, dim=2) for choice in (right, *found)])
+    return list(logits), by_row.cpu(), _right_and_all(right, real, dim=0).cpu()
+
+
+def _right_and_all(right: torch.Tensor, where: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.stack([(right & where).sum(dim), where.sum(dim)], dim=-1)
 
 
 def _rows(counts: Mapping) -> GateAccuracy:

@@ -24,7 +24,6 @@ from meteora.study.artifacts import (
     find_stage,
     left_out,
     versions,
-    write_json,
 )
 from meteora.study.plan import describe
 from meteora.study.profiles import REPOSITORY, Profile, ProfileError, load_profile, profile_names

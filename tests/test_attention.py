@@ -1,0 +1,79 @@
+"""Attention that is given no mask: causal, and within each of the texts of a row."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, masking_utils
+
+from meteora.attention import Texts, one_row_of, takes_texts_in_a_row, without_masks
+from meteora.batches import collate, encode
+from meteora.training_loop import response_losses
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def test_attention_without_masks_is_causal_all_the_same(core, tiny_llama, monkeypatch):
+    samples = encode(core.rows(count=3), {"one": 0, "two": 1}, core.Tokenizer(), 100)
+    batch = collate(samples, 2, CPU)
+    expected = response_losses(tiny_llama, batch)
+    looked = []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *a: looked.append(a))
+    with without_masks(tiny_llama, False):
+        response_losses(tiny_llama, batch)
+    assert looked, "transformers looks for packed texts as long as its attention is its own"
+    looked.clear()
+    with without_masks(tiny_llama, True):
+        torch.testing.assert_close(response_losses(tiny_llama, batch), expected)
+    assert not looked and tiny_llama.config._attn_implementation == "sdpa"
+
+
+def in_one_row(model, texts, filling=0, bounds=0):
+    """The logits of each of ``texts`` when they share a row, with so many tokens and empty texts behind them."""
+    device = next(model.parameters()).device
+    row = torch.cat([*texts, torch.full((filling,), 3)])[None].to(device)
+    ends = torch.tensor([0, *map(len, texts), filling, *[0] * bounds]).cumsum(0).int().to(device)
+    longest = max(filling, *map(len, texts))
+    with without_masks(model, True), one_row_of(Texts(ends, longest), row) as positions, torch.no_grad():
+        logits = model(input_ids=row, use_cache=False, **positions).logits[0]
+    return logits[: len(row[0]) - filling].split([*map(len, texts)])
+
+
+def texts_of(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize(("filling", "bounds"), [(0, 0), (9, 0), (4, 3)])
+def test_texts_in_a_row_are_as_if_alone(tiny_llama, filling, bounds):
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    texts = texts_of(7, 1, 12, 3)
+    for model in (tiny_llama, gpt):
+        for text, found in zip(texts, in_one_row(model, texts, filling, bounds), strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(found, model(text[None]).logits[0])
+
+
+def test_each_token_knows_its_text():
+    texts = Texts(torch.tensor([0, 2, 3, 7, 7, 7], dtype=torch.int32), 4)
+    begins, ends = texts.of_tokens(7)
+    assert begins.tolist() == [0, 0, 2, 3, 3, 3, 3] and ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
+
+
+def test_there_is_a_kernel_for_16_bits_on_a_gpu(tiny_llama):
+    half = copy.deepcopy(tiny_llama).to(torch.bfloat16)
+    half.config.dtype = torch.bfloat16
+    assert takes_texts_in_a_row(half, GPU)
+    assert not takes_texts_in_a_row(half, CPU) and not takes_texts_in_a_row(tiny_llama, GPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
+def test_the_kernel_computes_what_a_mask_gives(tiny_llama):
+    texts = texts_of(70, 1, 129, 33)
+    model = tiny_llama.to(GPU)
+    expected = in_one_row(model, texts, 40, 5)
+    model.to(torch.bfloat16)
+    for text, alone, found in zip(texts, expected, in_one_row(model, texts, 40, 5), strict=True):
+        with torch.no_grad():
+            plain = model(text[None].to(GPU)).logits[0]
+        assert (found - alone).norm() <= 1.5 * (plain - alone).norm(), "no further off than plain attention in 16 bits"
