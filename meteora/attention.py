@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils import deterministic
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -94,8 +95,49 @@ def _attention(
     rows = (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
     tensors = (tensor[0].transpose(0, 1) for tensor in rows)
     bounds, longest = _texts
-    causal = (-1, 0)
-    found = varlen_attn(
-        *tensors, bounds, bounds, longest, longest, scale=options.get("scaling"), window_size=causal
+    scale, causal = options.get("scaling"), (-1, 0)
+    found = _reproducible(
+        lambda *tensors: varlen_attn(*tensors, bounds, bounds, longest, longest, scale=scale, window_size=causal),
+        *tensors,
     )
     return found.unsqueeze(0), None
+
+
+def _reproducible(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``operation(*tensors)`` whose gradients are the same bits every time.
+
+    FlashAttention adds up the queries' gradients in the order in which its blocks happen to end, unless torch is told
+    otherwise while it computes them; and torch is told for all operations, of which some would then refuse.
+    """
+    switches = _Switches()
+    return _Identity.apply(switches.on, operation(*_Identity.apply(switches.back, *tensors)))
+
+
+class _Switches:
+    """Deterministic algorithms for a piece of a backward pass, which begins where the forward pass ends."""
+
+    def on(self) -> None:
+        self._before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+        self._set(True, False)
+
+    def back(self) -> None:
+        self._set(*self._before)
+
+    def _set(self, enabled: bool, fill: bool) -> None:
+        torch.use_deterministic_algorithms(enabled)
+        deterministic.fill_uninitialized_memory = fill
+
+
+class _Identity(torch.autograd.Function):
+    """Nothing, but for something that is done when a backward pass comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, action: Callable[[], None], *tensors: Tensor) -> Any:
+        ctx.action = action
+        same = tuple(tensor.view_as(tensor) for tensor in tensors)
+        return same if len(same) > 1 else same[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.action()
+        return None, *gradients

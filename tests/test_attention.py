@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils import deterministic
 from transformers import GPT2Config, GPT2LMHeadModel, masking_utils
 
-from meteora.attention import Texts, one_row_of, takes_texts_in_a_row, without_masks
+from meteora.attention import Texts, _reproducible, one_row_of, takes_texts_in_a_row, without_masks
 from meteora.batches import collate, encode
 from meteora.training_loop import response_losses
 
@@ -65,6 +66,49 @@ def test_there_is_a_kernel_for_16_bits_on_a_gpu(tiny_llama):
     half.config.dtype = torch.bfloat16
     assert takes_texts_in_a_row(half, GPU)
     assert not takes_texts_in_a_row(half, CPU) and not takes_texts_in_a_row(tiny_llama, GPU)
+
+
+class Watched(torch.autograd.Function):
+    """The sum of two tensors; whether algorithms have to be deterministic in its backward pass is in ``seen``."""
+
+    seen = []
+
+    @staticmethod
+    def forward(ctx, first, second):
+        return first + second
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Watched.seen.append((torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory))
+        return gradient, gradient
+
+
+def test_gradients_are_computed_by_algorithms_that_give_the_same_bits():
+    Watched.seen.clear()
+    x, y = (torch.ones(3, requires_grad=wanted) for wanted in (True, False))
+    for before in (False, True):
+        torch.use_deterministic_algorithms(before)
+        try:
+            (Watched.apply(_reproducible(Watched.apply, x * 2, y), x) * 3).sum().backward()
+            assert torch.are_deterministic_algorithms_enabled() == before and deterministic.fill_uninitialized_memory
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert Watched.seen == [(False, True), (True, False), (True, True), (True, False)]
+    assert x.grad.tolist() == [18.0] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
+def test_the_kernels_gradients_are_the_same_bits_every_time(tiny_llama):
+    model = tiny_llama.to(GPU, torch.bfloat16)
+    row = torch.randint(3, 64, (1, 8192), generator=torch.Generator().manual_seed(0)).to(GPU)
+    bounds = torch.arange(0, 8193, 512, dtype=torch.int32, device=GPU)
+    found = []
+    for _ in range(4):
+        model.zero_grad()
+        with without_masks(model, True), one_row_of(Texts(bounds, 512), row) as positions:
+            model(input_ids=row, use_cache=False, **positions).logits.float().square().mean().backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert found[0].abs().sum() > 0 and all(torch.equal(gradient, found[0]) for gradient in found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
