@@ -80,7 +80,8 @@ def test_figures(model, core, examples):
     found = gate_accuracy(model, core.Tokenizer(), examples, progress=False)
     heatmap = gate_accuracy_heatmap(pd.DataFrame(found.gates))
     assert [axes.get_title() for axes in heatmap.axes[:2]] == ["prompt tokens", "response tokens"]
-    curve = accuracy_by_position(pd.DataFrame(found.positions), adapters=2)
+    few = {"position": len(found.positions), "accuracy": 0.0, "tokens": 0.04 * found.positions[0]["tokens"]}
+    curve = accuracy_by_position(pd.DataFrame([*found.positions, few]), adapters=2)
     assert list(curve.axes[0].lines[0].get_ydata()) == [row["accuracy"] for row in found.positions]
     with pytest.raises(ValueError, match="positions"):
         accuracy_by_position(pd.DataFrame({"position": [1]}), adapters=2)

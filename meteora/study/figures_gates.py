@@ -42,13 +42,14 @@ def accuracy_by_position(positions: pd.DataFrame, *, adapters: int) -> Figure:
     """Share of tokens whose task most gates recognise, by the token's place in the text; how many texts are so long.
 
     Args:
-        positions: rows ``position,accuracy,tokens``.
+        positions: rows ``position,accuracy,tokens``; places that fewer than 5% of the texts reach are left out above.
         adapters: draws the accuracy of guessing among so many.
     """
     require_columns(positions, ("position", "accuracy", "tokens"), "gate_positions.csv")
     figure = plt.figure(figsize=(7.0, 3.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    upper.plot(positions["position"], positions["accuracy"], color=BLUE, label="majority of the gates")
+    reached = positions[positions["tokens"] >= 0.05 * positions["tokens"].max()]
+    upper.plot(reached["position"], reached["accuracy"], color=BLUE, label="majority of the gates")
     upper.axhline(1 / adapters, color=GREY, linestyle=":", label=f"guessing among {adapters}")
     upper.set(ylabel="accuracy", ylim=(0, 1.02))
     upper.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)

@@ -65,13 +65,11 @@ def _batch_mass(model: MeteoraModel, batch: list[list[int]], pad: int) -> dict[s
     with torch.no_grad(), model.trace() as trace:
         model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     indices, weights = trace.indices, trace.weights
-    masses = {}
-    for name, chosen in indices.items():
+    masses = torch.zeros(len(indices), len(model.adapter_names), device=device)
+    for mass, (name, chosen) in zip(masses, indices.items(), strict=True):
         real = mask.unsqueeze(-1).expand_as(chosen).reshape(-1)
-        flat = (weights[name].reshape(-1) * real).float()
-        empty = torch.zeros(len(model.adapter_names), device=device)
-        masses[name] = empty.scatter_add_(0, chosen.reshape(-1), flat).cpu()
-    return masses
+        mass.scatter_add_(0, chosen.reshape(-1), (weights[name].reshape(-1) * real).float())
+    return dict(zip(indices, masses.cpu(), strict=True))
 
 
 class TokenRouting(NamedTuple):
