@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +13,14 @@ from torch.utils import deterministic
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from meteora.batches import Texts
+
 _WITHOUT_MASKS = "sdpa_without_masks"
-
-
-class Texts(NamedTuple):
-    """Texts that stand one behind another in one row; a token attends to its own text alone.
-
-    Attributes:
-        bounds: (M + 1,) int32, from 0 to the row's end: text m is the tokens from ``bounds[m]`` to ``bounds[m + 1]``.
-        longest: tokens that a text may have at most.
-    """
-
-    bounds: Tensor
-    longest: int
-
-    def of_tokens(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """For each of so many tokens (T,) int32 where its text begins, and where it ends."""
-        places = torch.arange(tokens, dtype=torch.int32, device=self.bounds.device)
-        behind = torch.bucketize(places, self.bounds, right=True)
-        return self.bounds[behind - 1], self.bounds[behind]
+_HALF = (torch.float16, torch.bfloat16)
 
 
 _texts: Texts | None = None  # of the row that the model is called with at the moment
+_asked = False  # whether its attention has asked for them
 
 
 @contextmanager
@@ -43,18 +29,23 @@ def one_row_of(texts: Texts | None, input_ids: Tensor) -> Iterator[dict[str, Ten
 
     Yields:
         What else the model has to be called with. With ``None``, every row is one text, and that is nothing.
+
+    Raises:
+        RuntimeError: if the model was called in another way, or has an attention of its own.
     """
-    global _texts
+    global _texts, _asked
     if texts is None:
         yield {}
         return
     begins, _ = texts.of_tokens(input_ids.shape[1])
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    _texts = texts
+    before, _texts, _asked = _texts, texts, False
     try:
         yield {"position_ids": (places - begins).unsqueeze(0)}
     finally:
-        _texts = None
+        _texts = before
+    if not _asked:
+        raise RuntimeError("the model's attention does not keep a row's texts apart; load it with 'eager' attention.")
 
 
 @contextmanager
@@ -77,17 +68,25 @@ def without_masks(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def takes_texts_in_a_row(model: nn.Module, device: torch.device) -> bool:
-    """Whether there is a kernel for texts that share a row: FlashAttention, on a GPU and for 16 bits alone."""
-    return device.type == "cuda" and model.config.get_text_config().dtype in (torch.float16, torch.bfloat16)
+    """Whether there is a kernel for texts that share a row: FlashAttention, on a GPU that has it and for 16 bits alone.
+
+    What is recomputed in the backward pass would ask for the texts when they are gone.
+    """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    recomputed = any(getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules())
+    fits = device.type == "cuda" and dtype in _HALF and torch.cuda.get_device_capability(device) >= (8, 0)
+    return fits and not recomputed
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Query (B, heads, S, head size), of key and value perhaps fewer heads -> (B, S, heads, head size)."""
+    global _asked
     if _texts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if query.dtype == torch.float32 or not query.is_cuda:
+    _asked = True
+    if not _flash_can(query, value, options):
         begins, _ = _texts.of_tokens(query.shape[2])
         mask = (begins.unsqueeze(1) == begins).tril()[None, None]
         return sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -96,48 +95,55 @@ def _attention(
     tensors = (tensor[0].transpose(0, 1) for tensor in rows)
     bounds, longest = _texts
     scale, causal = options.get("scaling"), (-1, 0)
-    found = _reproducible(
-        lambda *tensors: varlen_attn(*tensors, bounds, bounds, longest, longest, scale=scale, window_size=causal),
-        *tensors,
-    )
+    found = varlen_attn(*tensors, bounds, bounds, longest, longest, scale=scale, window_size=causal)
+    _same_gradients_always(found)
     return found.unsqueeze(0), None
 
 
-def _reproducible(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``operation(*tensors)`` whose gradients are the same bits every time.
+def _flash_can(query: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether FlashAttention takes these heads, and all that the model wants of its attention."""
+    size = query.shape[-1]
+    heads = query.is_cuda and query.dtype in _HALF and size == value.shape[-1] and size % 8 == 0 and size <= 256
+    more = options.get("dropout") or any(options.get(name) is not None for name in ("softcap", "position_bias"))
+    return heads and not more and options.get("is_causal") is not False
+
+
+def _same_gradients_always(found: Tensor) -> None:
+    """Let the gradients of the operation that ``found`` comes from be the same bits every time.
 
     FlashAttention adds up the queries' gradients in the order in which its blocks happen to end, unless torch is told
-    otherwise while it computes them; and torch is told for all operations, of which some would then refuse.
+    otherwise while it computes them; told for good, other operations would refuse.
     """
-    switches = _Switches()
-    return _Identity.apply(switches.on, operation(*_Identity.apply(switches.back, *tensors)))
+    if found.grad_fn is None:
+        return
+    before: list[tuple[bool, bool, bool]] = []
+
+    def begin(gradients: tuple) -> None:
+        before.append(_algorithms())
+        _set_algorithms(True, False, False)
+
+    def end(gradients: tuple, outputs: tuple) -> None:
+        _set_algorithms(*before.pop())
+
+    found.grad_fn.register_prehook(begin)
+    found.grad_fn.register_hook(end)
 
 
-class _Switches:
-    """Deterministic algorithms for a piece of a backward pass, which begins where the forward pass ends."""
-
-    def on(self) -> None:
-        self._before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-        self._set(True, False)
-
-    def back(self) -> None:
-        self._set(*self._before)
-
-    def _set(self, enabled: bool, fill: bool) -> None:
-        torch.use_deterministic_algorithms(enabled)
-        deterministic.fill_uninitialized_memory = fill
+@contextmanager
+def algorithms_as_before() -> Iterator[None]:
+    """Afterwards torch's choice of algorithms is what it was, also when a backward pass broke off in between."""
+    before = _algorithms()
+    try:
+        yield
+    finally:
+        _set_algorithms(*before)
 
 
-class _Identity(torch.autograd.Function):
-    """Nothing, but for something that is done when a backward pass comes by."""
+def _algorithms() -> tuple[bool, bool, bool]:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warn_only, deterministic.fill_uninitialized_memory
 
-    @staticmethod
-    def forward(ctx: Any, action: Callable[[], None], *tensors: Tensor) -> Any:
-        ctx.action = action
-        same = tuple(tensor.view_as(tensor) for tensor in tensors)
-        return same if len(same) > 1 else same[0]
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.action()
-        return None, *gradients
+def _set_algorithms(enabled: bool, warn_only: bool, fill: bool) -> None:
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    deterministic.fill_uninitialized_memory = fill

@@ -1,4 +1,4 @@
-"""Examples to padded batches: encoded once, drawn evenly over the tasks, packed by length. All of it is seeded."""
+"""Examples to padded batches: encoded once, drawn evenly over the tasks, cut by length. All of it is seeded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from meteora.attention import Texts
 
 IGNORE = -100
 _ROWS_AT_ONCE = 1024  # what a tokenizer holds of each text while it encodes a list is many times the text
@@ -34,6 +33,24 @@ class Sample:
     @property
     def response_tokens(self) -> int:
         return sum(self.is_response)
+
+
+class Texts(NamedTuple):
+    """Texts that stand one behind another in one row; a token attends to its own text alone.
+
+    Attributes:
+        bounds: (M + 1,) int32, from 0 to the row's end: text m is the tokens from ``bounds[m]`` to ``bounds[m + 1]``.
+        longest: tokens that a text may have at most.
+    """
+
+    bounds: Tensor
+    longest: int
+
+    def of_tokens(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """For each of so many tokens (T,) int32 where its text begins, and where it ends."""
+        places = torch.arange(tokens, dtype=torch.int32, device=self.bounds.device)
+        behind = torch.bucketize(places, self.bounds, right=True)
+        return self.bounds[behind - 1], self.bounds[behind]
 
 
 @dataclass(frozen=True)

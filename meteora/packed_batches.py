@@ -10,17 +10,16 @@ from itertools import accumulate
 
 import torch
 
-from meteora.attention import Texts
-from meteora.batches import IGNORE, Batch, Sample, collate
+from meteora.batches import IGNORE, Batch, Sample, Texts, collate
 
 _TOKENS_PER_PLACE = 8  # more places than that are reserved if they are needed, in powers of two
-_TOKENS_PER_TEXT = 64  # likewise of texts
+_TOKENS_PER_TEXT = 256  # likewise of texts
 
 
 def packed_batches(
     samples: Sequence[Sample], max_tokens: int, longest: int, pad_id: int
 ) -> Iterator[tuple[Batch, int]]:
-    """Samples, none longer than ``longest``, in rows of ``max_tokens`` tokens (or ``longest``), on the CPU.
+    """Samples, none longer than ``longest``, in rows of ``max_tokens`` tokens (or ``longest``), or half, on the CPU.
 
     Each comes with the places to reserve in it. What fills a row up are texts, too, in which nothing counts.
     """
@@ -34,6 +33,8 @@ def packed_groups(samples: Sequence[Sample], max_tokens: int, longest: int) -> l
 
     From the longest on, a sample goes where most room is left, so that every row gets long and short ones.
     """
+    if (most := max(len(sample.ids) for sample in samples)) > longest:
+        raise ValueError(f"a sample has {most} tokens, more than longest={longest}.")
     total = sum(len(sample.ids) for sample in samples)
     count, rest = divmod(total, max_tokens)
     half = max_tokens // 2 if max_tokens // 2 >= longest else max_tokens
@@ -72,7 +73,7 @@ def _one_row(samples: Sequence[Sample], tokens: int, longest: int, pad_id: int) 
     batch.attention_mask[:, ends[-1] :] = 0
     batch.labels[:, ends[:-1]] = IGNORE  # no text predicts the first token of the next
     bounds = [0, *ends, *accumulate(lengths, initial=ends[-1])]
-    count = _power_of_two(max(len(bounds), tokens // _TOKENS_PER_TEXT))
+    count = _power_of_two(max(len(bounds) - 1, tokens // _TOKENS_PER_TEXT))
     bounds += [tokens] * (count + 1 - len(bounds))
     return Batch(
         batch.input_ids, batch.attention_mask, batch.labels, batch.token_tasks,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from meteora.attention import Texts, takes_texts_in_a_row, without_masks
-from meteora.batches import Batch, Sample, response_places
+from meteora.attention import algorithms_as_before, takes_texts_in_a_row, without_masks
+from meteora.batches import Batch, Sample, Texts, response_places
 from meteora.packed_batches import packed_batches
 from meteora.recording import Recordings, can_be_recorded
 from meteora.training_loop import TrainingRun, place_losses
@@ -24,8 +24,8 @@ class PassInputs:
         input_ids: (B, S).
         places: (P,), indices into the B * S tokens; behind each the token of ``targets`` (P,) is to be predicted.
         shares: (P,) or (N, P) float32, how much a place counts in the loss, or in each adapter's.
-        bounds: of the ``texts`` (M of them) that share the one row; ``None`` where every row is a text.
-        longest: see `attention.Texts`.
+        bounds: (M + 1,), of the M ``texts`` that share the one row; ``None`` where every row is a text.
+        longest: see `batches.Texts`; the same in all passes of a training.
     """
 
     input_ids: Tensor
@@ -169,9 +169,13 @@ class Passes:
             mine.fill(inputs)
         self._recordings.run(
             (*inputs.shape, *options),
-            lambda: self._pass(mine, *options),
-            rehearsal=lambda: self._pass(mine.without_effect(), *options),
+            lambda: self._whole_pass(mine, options),
+            rehearsal=lambda: self._whole_pass(mine.without_effect(), options),
         )
+
+    def _whole_pass(self, inputs: PassInputs, options: tuple[Hashable, ...]) -> None:
+        with algorithms_as_before():
+            self._pass(inputs, *options)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from meteora.sharding import is_sharded
 
@@ -21,8 +22,8 @@ Step = Callable[[], Any]
 def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
     """Whether a GPU may be able to record a causal pass through ``model`` that is given no mask.
 
-    Left out are models on several devices, of which a recording would see one, sharded ones, and those with a sliding
-    window, which cannot do without a mask.
+    Left out are models on several devices, of which a recording would see one, sharded ones, those with a sliding
+    window, which cannot do without a mask, and those whose attention cannot be replaced.
     """
     config = model.config.get_text_config()
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -30,6 +31,7 @@ def can_be_recorded(model: nn.Module, device: torch.device) -> bool:
         device.type == "cuda"
         and len({parameter.device for parameter in model.parameters()}) == 1
         and not any(map(is_sharded, model.modules()))
+        and all(m._supports_attention_backend for m in model.modules() if isinstance(m, PreTrainedModel))
         and config._attn_implementation == "sdpa"
         and full
         and getattr(config, "sliding_window", None) is None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from meteora.attention import Texts, one_row_of
-from meteora.batches import IGNORE, Batch, Sample, balanced_steps, by_length, collate, response_places
+from meteora.attention import one_row_of
+from meteora.batches import IGNORE, Batch, Sample, Texts, balanced_steps, by_length, collate, response_places
 from meteora.config import TrainingConfig
 from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel

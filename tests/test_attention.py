@@ -7,8 +7,11 @@ import torch
 from torch.utils import deterministic
 from transformers import GPT2Config, GPT2LMHeadModel, masking_utils
 
-from meteora.attention import Texts, _reproducible, one_row_of, takes_texts_in_a_row, without_masks
-from meteora.batches import collate, encode
+from meteora.attention import (
+    _flash_can, _same_gradients_always, algorithms_as_before, one_row_of, takes_texts_in_a_row, without_masks,
+)  # fmt: skip
+from meteora.batches import Texts, collate, encode
+from meteora.recording import Recordings
 from meteora.training_loop import response_losses
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -61,11 +64,40 @@ def test_each_token_knows_its_text():
     assert begins.tolist() == [0, 0, 2, 3, 3, 3, 3] and ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
 
 
-def test_there_is_a_kernel_for_16_bits_on_a_gpu(tiny_llama):
+def test_an_attention_that_takes_no_texts_is_an_error(tiny_llama):
+    row, texts = torch.ones(1, 3, dtype=torch.long), Texts(torch.tensor([0, 1, 3], dtype=torch.int32), 2)
+    with pytest.raises(RuntimeError, match="load it with 'eager' attention"), one_row_of(texts, row) as positions:
+        tiny_llama(input_ids=row, use_cache=False, **positions)
+    with one_row_of(None, row) as positions:
+        assert not positions
+
+
+def test_there_is_a_kernel_for_16_bits_on_a_gpu(tiny_llama, monkeypatch):
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     half = copy.deepcopy(tiny_llama).to(torch.bfloat16)
-    half.config.dtype = torch.bfloat16
     assert takes_texts_in_a_row(half, GPU)
     assert not takes_texts_in_a_row(half, CPU) and not takes_texts_in_a_row(tiny_llama, GPU)
+    half.gradient_checkpointing_enable()
+    assert takes_texts_in_a_row(half, GPU) and not takes_texts_in_a_row(half.train(), GPU)
+    half.gradient_checkpointing_disable()
+    capability[0] = (7, 5)
+    assert not takes_texts_in_a_row(half, GPU)
+
+
+def test_other_heads_and_wishes_are_served_by_a_mask():
+    class Query:
+        is_cuda, dtype = True, torch.float16
+
+        def __init__(self, size):
+            self.shape = (1, 2, 9, size)
+
+    plain = {"dropout": 0.0, "scaling": 0.1, "is_causal": None}
+    assert _flash_can(Query(64), Query(64), plain)
+    assert not any(_flash_can(Query(size), Query(size), plain) for size in (60, 264))
+    assert not _flash_can(Query(192), Query(128), plain)
+    for wish in ({"dropout": 0.1}, {"softcap": 30.0}, {"is_causal": False}):
+        assert not _flash_can(Query(64), Query(64), plain | wish)
 
 
 class Watched(torch.autograd.Function):
@@ -83,18 +115,77 @@ class Watched(torch.autograd.Function):
         return gradient, gradient
 
 
+def state():
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warn_only, deterministic.fill_uninitialized_memory
+
+
 def test_gradients_are_computed_by_algorithms_that_give_the_same_bits():
     Watched.seen.clear()
     x, y = (torch.ones(3, requires_grad=wanted) for wanted in (True, False))
-    for before in (False, True):
-        torch.use_deterministic_algorithms(before)
-        try:
-            (Watched.apply(_reproducible(Watched.apply, x * 2, y), x) * 3).sum().backward()
-            assert torch.are_deterministic_algorithms_enabled() == before and deterministic.fill_uninitialized_memory
-        finally:
-            torch.use_deterministic_algorithms(False)
+    for enabled, warn_only in ((False, False), (True, True)):
+        with algorithms_as_before():
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+            inner = Watched.apply(x * 2, y)
+            _same_gradients_always(inner)
+            (Watched.apply(inner, x) * 3).sum().backward()
+            assert state() == (enabled, warn_only, True)
     assert Watched.seen == [(False, True), (True, False), (True, True), (True, False)]
-    assert x.grad.tolist() == [18.0] * 3
+    assert x.grad.tolist() == [18.0] * 3 and state() == (False, False, True)
+    _same_gradients_always(Watched.apply(y, y))  # of which no gradient is wanted
+
+
+def test_a_backward_pass_that_breaks_off_changes_no_algorithms():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            assert state() == (True, False, False)
+            raise RuntimeError("out of memory")
+
+    result = Broken.apply(torch.ones(3, requires_grad=True))
+    _same_gradients_always(result)
+    with pytest.raises(RuntimeError, match="out of memory"), algorithms_as_before():
+        result.sum().backward()
+    assert state() == (False, False, True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_recorded_pass_gives_the_bits_of_a_plain_one(tiny_llama):
+    model = tiny_llama.to(GPU, torch.bfloat16)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    rows = torch.randint(3, 64, (5, 1, 4096), generator=torch.Generator().manual_seed(0)).to(GPU)
+    row, bounds = rows[0].clone(), torch.arange(0, 4097, 256, dtype=torch.int32, device=GPU)
+    weight.grad = torch.zeros_like(weight)
+
+    def one_pass():
+        with algorithms_as_before(), one_row_of(Texts(bounds, 512), row) as positions:
+            model(input_ids=row, use_cache=False, **positions).logits.float().square().mean().backward()
+
+    def gradients(run):
+        found = []
+        for n, values in enumerate(rows):
+            row.copy_(values)
+            if n == 4:  # other texts than those that were recorded
+                bounds.copy_(torch.tensor([0, *[100, 412] * 8], device=GPU).cumsum(0))
+            run()
+            found.append(weight.grad.clone())
+            weight.grad.zero_()
+        return found
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is weight)
+    begin = bounds.clone()
+    with without_masks(model, True):
+        plain = gradients(one_pass)
+        bounds.copy_(begin)
+        with Recordings(GPU, "a pass") as recordings:
+            recorded = gradients(lambda: recordings.run("key", one_pass, rehearsal=lambda: None))
+            assert recordings._graphs["key"] is not None
+    assert all(map(torch.equal, plain, recorded)) and not torch.equal(plain[0], plain[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")

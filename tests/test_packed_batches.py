@@ -33,6 +33,11 @@ def test_every_sample_is_in_one_row_that_holds_it(lengths, size):
         assert sum(len(sample.ids) for sample in group) <= tokens
 
 
+def test_a_sample_that_no_row_may_hold_is_an_error():
+    with pytest.raises(ValueError, match="a sample has 600 tokens, more than longest=500"):
+        packed_groups(samples_of([3, 600]), 500, 500)
+
+
 def test_rows_are_nearly_full_and_alike():
     lengths = torch.randint(20, 500, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     groups = packed_groups(samples_of(lengths), 16384, 500)

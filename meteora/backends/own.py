@@ -10,8 +10,8 @@ from torch import Tensor
 def mix_own(y: Tensor, x: Tensor, A: Tensor, B: Tensor, own: Tensor) -> Tensor:
     """y (..., out) plus the update of each token's adapter.
 
-    Two products over all adapters' columns, of which a token's own are kept in between: that each adapter's part is
-    that of few tokens costs less than to gather them, and gradients are sums in a fixed order.
+    All adapters' columns are computed for every token, and its own are kept: that costs less than to gather each
+    token's own weights, and gradients are sums in a fixed order.
 
     Args:
         x: (..., in).  A: (N * r, in).  B: (out, N * r), scaling folded in.  One dtype.

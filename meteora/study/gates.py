@@ -83,7 +83,7 @@ def gate_accuracy(
             for position, count in enumerate(by_position):
                 counts[position] += count
             bar.update(len(batch.tasks))
-    return _rows(counts)
+    return _rows(counts, model.adapter_names)
 
 
 def _count(logits: Mapping[str, torch.Tensor], batch: Batch) -> tuple[list[str], torch.Tensor, torch.Tensor]:
@@ -109,7 +109,7 @@ def _right_and_all(right: torch.Tensor, where: torch.Tensor, dim: int) -> torch.
     return torch.stack([(right & where).sum(dim), where.sum(dim)], dim=-1)
 
 
-def _rows(counts: Mapping) -> GateAccuracy:
+def _rows(counts: Mapping, names: Sequence[str]) -> GateAccuracy:
     result = GateAccuracy([], [], [])
     for key, (right, tokens) in counts.items():
         values = {"accuracy": int(right) / max(1, int(tokens)), "tokens": int(tokens)}
@@ -121,6 +121,8 @@ def _rows(counts: Mapping) -> GateAccuracy:
             layer, module = split_module(key[2])
             result.gates.append({"task": key[0], "part": key[1], "layer": layer, "module": module, **values})
     result.positions.sort(key=lambda row: row["position"])
+    for rows in (result.gates, result.votes):
+        rows.sort(key=lambda row: names.index(row["task"]))
     return result
 
 
