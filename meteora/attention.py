@@ -18,7 +18,6 @@ from meteora.batches import Texts
 _WITHOUT_MASKS = "sdpa_without_masks"
 _HALF = (torch.float16, torch.bfloat16)
 
-
 _texts: Texts | None = None  # of the row that the model is called with at the moment
 _asked = False  # whether its attention has asked for them
 

@@ -6,6 +6,7 @@ What is done with them is the same work every time, which a GPU can replay from 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -60,9 +61,9 @@ def _fill(samples: Sequence[Sample], rows: Sequence[int]) -> list[list[Sample]] 
 
 
 def _one_row(samples: Sequence[Sample], tokens: int, longest: int, pad_id: int) -> Batch:
-    ends = [*accumulate(len(sample.ids) for sample in samples)]
-    filling = tokens - ends[-1]
-    lengths = [longest] * (filling // longest) + [filling % longest]
+    lengths = [len(sample.ids) for sample in samples]
+    real = sum(lengths)
+    filling = tokens - real
     ids = [token for sample in samples for token in sample.ids] + [pad_id] * filling
     whole = Sample(
         ids,
@@ -70,15 +71,13 @@ def _one_row(samples: Sequence[Sample], tokens: int, longest: int, pad_id: int) 
         [task for sample in samples for task in sample.tasks] + [0] * filling,
     )
     batch = collate([whole], pad_id, torch.device("cpu"))
-    batch.attention_mask[:, ends[-1] :] = 0
-    batch.labels[:, ends[:-1]] = IGNORE  # no text predicts the first token of the next
-    bounds = [0, *ends, *accumulate(lengths, initial=ends[-1])]
+    batch.attention_mask[:, real:] = 0
+    bounds = [*accumulate(lengths + [longest] * (filling // longest) + [filling % longest], initial=0)]
+    batch.labels[:, bounds[1 : len(samples)]] = IGNORE  # no text predicts the first token of the next
     count = _power_of_two(max(len(bounds) - 1, tokens // _TOKENS_PER_TEXT))
     bounds += [tokens] * (count + 1 - len(bounds))
-    return Batch(
-        batch.input_ids, batch.attention_mask, batch.labels, batch.token_tasks,
-        tasks=[sample.task for sample in samples], texts=Texts(torch.tensor(bounds, dtype=torch.int32), longest),
-    )  # fmt: skip
+    texts = Texts(torch.tensor(bounds, dtype=torch.int32), longest)
+    return replace(batch, tasks=[sample.task for sample in samples], texts=texts)
 
 
 def _power_of_two(least: int) -> int:

@@ -11,17 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from meteora import GateTrainingConfig, MeteoraModel
-from meteora.batches import Batch, Sample, balanced_steps, by_task, encode, micro_batches
+from meteora.batches import Batch, balanced_steps, by_task, encode, micro_batches
 from meteora.study.measures import Example, Row
 from meteora.study.routing import split_module
-
-
-def encode_by_task(
-    model: MeteoraModel, tokenizer, examples: Mapping[str, Sequence[Example]], max_length: int
-) -> dict[int, list[Sample]]:
-    """Index of the adapter -> its encoded examples."""
-    ids = {name: n for n, name in enumerate(model.adapter_names)}
-    return by_task(encode([row for rows in examples.values() for row in rows], ids, tokenizer, max_length))
 
 
 def training_tokens(
@@ -68,15 +60,16 @@ def gate_accuracy(
     """
     device = next(model.parameters()).device
     counts = defaultdict(lambda: torch.zeros(2, dtype=torch.int64))  # key -> right, all
-    samples = [sample for group in encode_by_task(model, tokenizer, examples, max_length).values() for sample in group]
+    ids = {name: n for n, name in enumerate(model.adapter_names)}
+    samples = encode([row for rows in examples.values() for row in rows], ids, tokenizer, max_length)
     with tqdm(total=len(samples), desc="gate accuracy", unit="text", disable=not progress) as bar:
         for batch in micro_batches(samples, tokens_per_batch, tokenizer.pad_token_id, device):
             names = [model.adapter_names[task] for task in batch.tasks]
             with model.route_to(names) if forced else nullcontext(), model.trace() as trace:
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
                 model(**inputs, use_cache=False, logits_to_keep=1)
-            modules, by_row, by_position = _count(trace.logits, batch)
-            for key, of_rows in zip([(), *((module,) for module in modules)], by_row, strict=True):
+            by_row, by_position = _count(trace.logits, batch)
+            for key, of_rows in zip([(), *((module,) for module in trace.logits)], by_row, strict=True):
                 for name, (prompt, response) in zip(names, of_rows, strict=True):
                     counts[name, "prompt", *key] += prompt
                     counts[name, "response", *key] += response
@@ -86,8 +79,8 @@ def gate_accuracy(
     return _rows(counts, model.adapter_names)
 
 
-def _count(logits: Mapping[str, torch.Tensor], batch: Batch) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """The modules' names, and on the CPU how many tokens are right, and how many there are.
+def _count(logits: Mapping[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the CPU how many tokens are right, and how many there are.
 
     Of the majority and then of each module, of each row's prompt and response (1 + modules, B, 2, 2), and of the
     majority at each position (S, 2).
@@ -102,7 +95,7 @@ def _count(logits: Mapping[str, torch.Tensor], batch: Batch) -> tuple[list[str],
         found.append(choice == tasks)
     right = ballots.argmax(-1) == tasks
     by_row = torch.stack([_right_and_all(choice.unsqueeze(1), parts, dim=2) for choice in (right, *found)])
-    return list(logits), by_row.cpu(), _right_and_all(right, real, dim=0).cpu()
+    return by_row.cpu(), _right_and_all(right, real, dim=0).cpu()
 
 
 def _right_and_all(right: torch.Tensor, where: torch.Tensor, dim: int) -> torch.Tensor:
