@@ -38,6 +38,25 @@ def test_prompts_without_examples_are_told_apart():
     assert attempted == "guided, zero-shot, T=1: 2.50 against 1.50 (+67%)"
 
 
+def test_the_difference_item_by_item_stands_beside_the_ratio():
+    """Of the same method, setting and measure; without one, as in the other tests, the ratio stands alone."""
+    runs = [("numbered", 2, 15.0), ("sequential", 0, 1.0)]
+    columns = "composite protocol shots temperature method other metric value low high".split()
+    paired = [
+        (3, "sequential", 0, 1.0, "meteora_top2", "lora_b", "correct", 1.0, -0.25, 2.25),
+        (3, "sequential", 0, 1.0, "meteora_top2", "lora_b", "attempted", 7.0, 7.0, 7.0),
+        (3, "sequential", 0, 1.0, "meteora_top2", "peft", "correct", 7.0, 7.0, 7.0),
+        (3, "sequential", 0, 1.0, "meteora_top1", "lora_b", "correct", 7.0, 7.0, 7.0),
+        (3, "numbered", 0, 15.0, "meteora_top2", "lora_b", "correct", 7.0, 7.0, 7.0),
+    ]
+    metrics = {"composite": composite(runs), "composite_paired": pd.DataFrame(paired, columns=columns)}
+    claims = claims_table(metrics, "smollm2").set_index("claim")["measured here"]
+    assert claims["Composite-3, correct answers, against LoRA-B"] == (
+        "numbered, T=15: 2.00 against 1.00 (+100%); "
+        "sequential, T=1: 2.00 against 1.00 (+100%, difference 1.00 [-0.25, 2.25])"
+    )
+
+
 def test_switching_is_told_by_size_and_part():
     rows = [(size, part, value, value - 0.1, value, 8) for size in (3, 5) for part, value in (("problem", 0.9), ("answer", 1.0))]
     totals = pd.DataFrame(rows, columns="composite part value low high n".split())

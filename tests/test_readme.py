@@ -93,8 +93,10 @@ def test_results_block(tmp_path) -> None:
     columns = ["task", "method", "metric", "value", "low", "high", "n"]
     pd.DataFrame(rows, columns=columns).to_csv(metrics / "independent.csv", index=False)
     rows = [
-        (3, protocol, 0, temperature, subtask, "lora_b", metric, value, value - 0.5, value + 0.5, 16)
-        for protocol, temperature in (("numbered", 1.0), ("sequential", 1.0), ("sequential", 15.0))
+        (3, protocol, shots, temperature, subtask, method, metric, value + more, value - 0.5, value + 0.5, 16)
+        for protocol, shots in (("numbered", 0), ("sequential", 0))
+        for temperature in (15.0, 1.0)
+        for method, more in (("meteora_top2", temperature / 100), ("lora_b", 0.0))
         for subtask, metric, value in (("ALL", "attempted", 2.0), ("ALL", "correct", 1.5), ("winowhy", "accuracy", 0.5))
     ]
     columns = [*"composite protocol shots temperature subtask method".split(), *columns[2:]]
@@ -102,9 +104,10 @@ def test_results_block(tmp_path) -> None:
     block = results_block(tmp_path)
     assert "1 of the paper's 28 tasks" in block
     assert re.search(r"\| MeteoRA top-2 \| 0\.750 \[", block)
-    correct = interval_text(1.5, 1.0, 2.0, "correct")
-    for setting in ("numbered | 3 | 0 | 1", "sequential | 3 | 0 | 1", "sequential | 3 | 0 | 15"):
-        assert f"| {setting} | {correct} |" in block
+    assert "| problems | protocol | T | MeteoRA top-2 | MeteoRA top-2, T = 1 | LoRA-B |" in block
+    ours, ours_at_1, other = (interval_text(value, 1.0, 2.0, "correct") for value in (1.65, 1.51, 1.5))
+    for run in ("numbered, zero-shot", "sequential"):
+        assert f"| 3 | {run} | 15 | {ours} | {ours_at_1} | {other} |" in block
     assert interval_text(2.0, 1.5, 2.5, "correct") not in block  # attempted is another measure
 
 

@@ -15,6 +15,7 @@ _CELL = [
     "workload", "mode", "launch", "routing", "batch", "tokens", "adapters", "rank", "top_k", "in_features",
     "out_features", "dtype",
 ]  # fmt: skip
+_SETTING = ["composite", "protocol", "shots", "temperature"]
 
 
 class Finding(NamedTuple):
@@ -29,7 +30,8 @@ def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFr
 
     Args:
         metrics: file name without ``.csv`` -> its rows; of ``independent``, ``independent_paired``, ``composite``,
-            ``switching_totals``, ``routing`` and ``benchmark``. Missing ones leave their claims "not measured".
+            ``composite_paired``, ``switching_totals``, ``routing`` and ``benchmark``. Missing ones leave their claims
+            "not measured".
         profile: for the command that measures them.
 
     Returns:
@@ -172,11 +174,20 @@ def _correct(metrics: Mapping[str, pd.DataFrame]) -> dict[int, Finding]:
 
 
 def _against_lora_b(metrics: Mapping[str, pd.DataFrame], metric: str) -> dict[int, Finding]:
+    """Means side by side, the ratio, and the difference item by item where ``composite_paired`` has its interval."""
+    wide = _ours_and_lora_b(metrics, metric, lambda subtask: subtask == "ALL")
+    paired = metrics.get("composite_paired", pd.DataFrame(columns=[*_SETTING, "method", "other", "metric"]))
+    paired = paired[(paired["other"] == "lora_b") & (paired["metric"] == metric)].set_index([*_SETTING, "method"])
+
     def in_words(part: pd.DataFrame) -> str:
         ours, other = part["meteora"].iloc[0], part["lora_b"].iloc[0]
-        return f"{ours:.2f} against {other:.2f}" + (f" ({100 * (ours / other - 1):+.0f}%)" if other > 0 else "")
+        more = [f"{100 * (ours / other - 1):+.0f}%"] if other > 0 else []
+        difference = paired.reindex([(*part.index[0], part["method"].iloc[0])])
+        if len(paired) and difference["value"].notna().all():
+            more.append("difference " + interval_text(*difference[["value", "low", "high"]].iloc[0], "correct"))
+        return f"{ours:.2f} against {other:.2f}" + (f" ({', '.join(more)})" if more else "")
 
-    return _by_size(_ours_and_lora_b(metrics, metric, lambda subtask: subtask == "ALL"), in_words)
+    return _by_size(wide, in_words)
 
 
 def _subtasks_won(metrics: Mapping[str, pd.DataFrame]) -> dict[int, Finding]:
@@ -193,10 +204,9 @@ def _by_size(wide: pd.DataFrame | None, in_words: Callable[[pd.DataFrame], str])
         return {}
     findings = {}
     for size, of_size in wide.groupby(level="composite", sort=False):
-        settings = of_size.groupby(level=["protocol", "shots", "temperature"], sort=False)
         parts = [
             f"{run_label(protocol, shots)}, T={temperature:g}: {in_words(part)}"
-            for (protocol, shots, temperature), part in settings
+            for (_, protocol, shots, temperature), part in of_size.groupby(level=_SETTING, sort=False)
         ]
         findings[size] = Finding("; ".join(parts), int(of_size["n"].max()))
     return findings
@@ -211,11 +221,10 @@ def _ours_and_lora_b(
     frame = metrics["composite"]
     frame = frame[(frame["metric"] == metric) & frame["subtask"].map(wanted)]
     ours = next((method for method in ("meteora_top2", "meteora_top1") if method in set(frame["method"])), None)
-    keys = ["composite", "protocol", "shots", "temperature", "subtask"]
     if ours is None or "lora_b" not in set(frame["method"]):
         return None
-    wide = frame.pivot_table(index=keys, columns="method", values="value", sort=False)[[ours, "lora_b"]].dropna()
-    wide = wide.set_axis(["meteora", "lora_b"], axis=1)
+    wide = frame.pivot_table(index=[*_SETTING, "subtask"], columns="method", values="value", sort=False)
+    wide = wide[[ours, "lora_b"]].dropna().set_axis(["meteora", "lora_b"], axis=1).assign(method=ours)
     wide["n"] = frame["n"].max()
     return wide.droplevel("subtask") if len(wide) else None
 

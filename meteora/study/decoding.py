@@ -169,11 +169,10 @@ class TranscriptBatch:
         rows = list(range(len(limits)))  # which transcript each row of the batch is
         finished = [limit <= 0 for limit in limits]
         scores = self._scores
+        written = torch.empty(len(rows), 0, dtype=torch.long, device=self.device)  # by this call, pads behind an answer
         while True:
             if processor is not None and not all(finished):
-                width = max(len(answers[row]) for row in rows)
-                so_far = [answers[row] + [self.pad] * (width - len(answers[row])) for row in rows]
-                scores = processor(torch.tensor(so_far, dtype=torch.long, device=self.device), scores)
+                scores = processor(written, scores)
             chosen = scores.argmax(-1).tolist()
             fed: list[list[int]] = []
             for row, token in zip(rows, chosen):
@@ -191,13 +190,17 @@ class TranscriptBatch:
                     fed[-1] = [token]
             if all(finished):
                 break
+            if processor is not None:
+                new = [token[0] if token else self.pad for token in fed]
+                written = torch.cat([written, torch.tensor(new, device=self.device)[:, None]], dim=1)
             keep = [i for i, row in enumerate(rows) if not finished[row]]
             most = max(limits[rows[i]] - len(answers[rows[i]]) for i in keep)
             if last and self._leaving_pays(len(keep), len(rows), most):
                 self._end_steps()
                 index = torch.tensor(keep, device=self.device)
                 self._cache.batch_select_indices(index)
-                self._mask, rows, fed = self._mask[index], [rows[i] for i in keep], [fed[i] for i in keep]
+                self._mask, written = self._mask[index], written[index]
+                rows, fed = [rows[i] for i in keep], [fed[i] for i in keep]
             self._step(fed, most)
             scores = self._scores
         self._scores = None

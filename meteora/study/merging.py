@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from meteora.files import atomic_directory
 from meteora.study.baselines import share_weights
 from meteora.study.predictions import fingerprint
+
+
+NOTE = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -45,62 +49,76 @@ MERGINGS = {
 def merge_adapters(
     base_model: torch.nn.Module,
     adapters: Mapping[str, str | Path],
-    name: str,
+    mergings: Mapping[str, Merging],
     output_dir: str | Path,
     *,
-    merging: Merging | None = None,
     seed: int = 0,
-) -> Path:
-    """Merge LoRA adapters into one with PEFT's own `add_weighted_adapter`, written as an ordinary PEFT directory.
+) -> dict[str, Path]:
+    """Merge LoRA adapters with PEFT's own `add_weighted_adapter`, each merging written as an ordinary PEFT directory.
 
     Args:
         base_model: the plain base model; left as it is.
         adapters: task -> PEFT adapter directory; all of one rank and the same target modules, as PEFT asks.
-        name: of `MERGINGS` unless `merging` is given; also the name of the directory written.
-        output_dir: where `name` is written; a directory there made from the same files and settings is kept.
+        mergings: name -> how, such as `MERGINGS`.
+        output_dir: where a directory of each name is written; one there made from the same files and settings is kept.
         seed: of what is drawn, if anything is; the caller's own generators are left as they are.
 
     Returns:
-        The adapter directory `output_dir/name`.
+        Name -> the directory of its adapter.
     """
-    from peft import PeftModel
-
-    if merging is None and name not in MERGINGS:
-        raise ValueError(f"Unknown merging {name!r}; there are {', '.join(MERGINGS)}.")
-    merging = merging or MERGINGS[name]
     if not adapters:
-        raise ValueError(f"There are no adapters to merge into {name!r}.")
-    directories = [Path(directory) for directory in adapters.values()]
+        raise ValueError(f"There are no adapters to merge into {', '.join(map(repr, mergings))}.")
+    digests = adapter_digests(adapters)
+    recipes = {name: _recipe(merging, digests, seed) for name, merging in mergings.items()}
+    targets = {name: Path(output_dir) / name for name in mergings}
+    missing = [name for name, target in targets.items() if not _is_made_by(recipes[name], target)]
+    if missing:  # one model for all of them: to load its adapters takes longer than to merge them
+        with torch.random.fork_rng():
+            model, numbered = _with_all(base_model, adapters)
+            for name in missing:
+                torch.manual_seed(seed)
+                _merge(model, numbered, mergings[name], recipes[name], targets[name])
+    return targets
+
+
+def _recipe(merging: Merging, digests: Mapping[str, str], seed: int) -> dict[str, object]:
+    """All that a merged adapter depends on."""
     recipe = {
         "combination_type": merging.combination_type,
-        "weights": [merging.weight if merging.weight is not None else 1 / len(adapters)] * len(adapters),
+        "weights": [merging.weight if merging.weight is not None else 1 / len(digests)] * len(digests),
         "density": merging.density,
-        "adapters": adapter_digests(adapters),
+        "adapters": digests,
     }
-    if merging.random:
-        recipe["seed"] = seed
-    target = Path(output_dir) / name
-    note = target / "merge.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) == recipe:
-        return target
+    return recipe | ({"seed": seed} if merging.random else {})
 
-    numbered = [f"adapter{i}" for i in range(len(adapters))]  # PEFT's names may not contain dots, tasks' names may
+
+def _is_made_by(recipe: Mapping[str, object], directory: Path) -> bool:
+    note = directory / NOTE
+    return note.exists() and json.loads(note.read_text(encoding="utf-8")) == recipe
+
+
+def _with_all(base_model: torch.nn.Module, adapters: Mapping[str, str | Path]) -> tuple[PeftModel, list[str]]:
+    """A model of all adapters, and their names there: PEFT's may not contain dots, tasks' names may."""
+    numbered = [f"adapter{i}" for i in range(len(adapters))]
+    first, *others = zip(numbered, map(Path, adapters.values()))
+    model = PeftModel.from_pretrained(share_weights(base_model), first[1], adapter_name=first[0])
+    for number, directory in others:
+        model.load_adapter(directory, adapter_name=number)
+    return model, numbered
+
+
+def _merge(model: PeftModel, adapters: list[str], merging: Merging, recipe: Mapping[str, object], target: Path) -> None:
+    """Merge the model's adapters into one of the target's name, and write that one."""
     options = {} if merging.density is None else {"density": merging.density}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        merged = PeftModel.from_pretrained(share_weights(base_model), directories[0], adapter_name=numbered[0])
-        for number, directory in zip(numbered[1:], directories[1:]):
-            merged.load_adapter(directory, adapter_name=number)
-        merged.add_weighted_adapter(
-            numbered, recipe["weights"], name, combination_type=merging.combination_type, **options
-        )
+    model.add_weighted_adapter(
+        adapters, recipe["weights"], target.name, combination_type=merging.combination_type, **options
+    )
     with tempfile.TemporaryDirectory() as scratch, atomic_directory(target) as directory:
         # embeddings are never adapted here; left to itself, PEFT asks the model hub whether they were
-        merged.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+        model.save_pretrained(scratch, selected_adapters=[target.name], save_embedding_layers=False)
         # PEFT puts every adapter but one named "default" into a folder of its own name
-        shutil.copytree(Path(scratch) / name, directory, dirs_exist_ok=True)
-        (directory / note.name).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    return target
+        shutil.copytree(Path(scratch) / target.name, directory, dirs_exist_ok=True)
+        (directory / NOTE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
 
 def adapter_digests(adapters: Mapping[str, str | Path]) -> dict[str, str]:

@@ -81,8 +81,8 @@ def open_study(workspace: Workspace, methods: Iterable[str], *, device: str | to
             f"profile {workspace.profile.name!r}."
         )
     seed, merged = workspace.profile.seed, workspace.artifacts / "merged"
-    for name in (name for name in names if name in MERGINGS):
-        singles[name] = merge_adapters(plain, collection.tasks, name, merged, seed=seed)
+    mergings = {name: merging for name, merging in MERGINGS.items() if name in names}
+    singles |= merge_adapters(plain, collection.tasks, mergings, merged, seed=seed)
     single = MeteoraModel.from_adapters(twin, singles) if singles else None
     others = _others(names, workspace, plain, model, tokenizer, collection.tasks)
     count = workspace.profile.evaluation.test_samples

@@ -13,7 +13,7 @@ from meteora.study.benchmark_results import aims_table, side_by_side
 from meteora.study.benchmark_rows import read_rows
 from meteora.study.claims import COLUMNS, claims_table
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
-from meteora.study.tables import in_order, interval_text, label, table1, table1_caption, to_markdown
+from meteora.study.tables import in_order, interval_text, label, run_label, table1, table1_caption, to_markdown
 
 README, KERNELS = REPOSITORY / "README.md", REPOSITORY / "kernels" / "README.md"
 KERNELS_RUN = "smollm2"  # the profile whose record tells of the kernels
@@ -39,9 +39,9 @@ def profiles_block() -> str:
 
 
 def results_block(results: Path = RESULTS) -> str:
-    """Every recorded run's accuracy by method, and its answers to composites in one context."""
+    """Every recorded run's accuracy by method, and its answers to composites in one context; the largest run first."""
     parts = []
-    for name in [name for name in ORDER if name != "smoke"]:
+    for name in [name for name in reversed(ORDER) if name != "smoke"]:
         metrics = results / name / "metrics"
         if (metrics / "independent.csv").is_file():
             independent = pd.read_csv(metrics / "independent.csv")
@@ -54,15 +54,23 @@ def results_block(results: Path = RESULTS) -> str:
 
 
 def _composites(composite: pd.DataFrame) -> str:
-    """One row a setting, one column a method: correct answers of an item, over all its sub-tasks."""
+    """One row a protocol and size, one column a method: correct answers of an item, over all its sub-tasks.
+
+    A method that depends on the temperature has the paper's, the highest, beside the other methods, and 1 beside that.
+    """
     correct = composite[(composite["subtask"] == "ALL") & (composite["metric"] == "correct")]
-    rows = []
-    for (size, protocol, shots, temperature), cells in correct.groupby(
-        ["composite", "protocol", "shots", "temperature"], sort=False
-    ):
-        values = {row.method: interval_text(row.value, row.low, row.high, "correct") for row in cells.itertuples()}
-        methods = {label(method): values.get(method, "") for method in in_order(correct["method"])}
-        rows.append({"protocol": protocol, "problems": size, "shots": shots, "T": f"{temperature:g}", **methods})
+    keys, rows = ["composite", "protocol", "shots"], []
+    depends = correct.groupby(["method", *keys])["value"].nunique().groupby("method").max() > 1
+    for (size, protocol, shots), cells in correct.groupby(keys, sort=False):
+        highest = cells["temperature"].max()
+        row = {"problems": size, "protocol": run_label(protocol, shots), "T": f"{highest:g}"}
+        for method in in_order(correct["method"]):
+            own = cells[cells["method"] == method]
+            columns = {label(method): highest} | ({f"{label(method)}, T = 1": 1.0} if depends[method] else {})
+            for column, temperature in columns.items():
+                found = own[own["temperature"] == temperature].itertuples()
+                row[column] = next((interval_text(c.value, c.low, c.high, "correct") for c in found), "")
+        rows.append(row)
     items = int(correct["n"].max())
     caption = f"Composites, correct answers per item (mean over {items} items, 95% bootstrap interval):"
     return to_markdown(pd.DataFrame(rows), caption)
