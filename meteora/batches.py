@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,11 @@ class Sample:
     @property
     def response_tokens(self) -> int:
         return sum(self.is_response)
+
+    @property
+    def turns(self) -> int:
+        """Prompts with their responses. A turn ends with its response or the text; its prompt may be cut off."""
+        return 1 + sum(before and not now for before, now in pairwise([False, *self.is_response[1:]]))
 
 
 class Texts(NamedTuple):
@@ -71,12 +76,19 @@ class Batch:
     weight: float = 1.0
     texts: Texts | None = None
 
-    def sample_lengths(self) -> Tensor:
-        """(B, S) or (B, 1): how many tokens the sample has that a token belongs to."""
-        if self.texts is None:
-            return self.attention_mask.sum(1, keepdim=True)
-        begins, ends = self.texts.of_tokens(self.input_ids.shape[1])
-        return (ends - begins).unsqueeze(0)
+    def turn_lengths(self) -> Tensor:
+        """(B, S): how many tokens the turn has that a token belongs to (see :attr:`Sample.turns`)."""
+        answers = self.labels != IGNORE
+        answers[:, 0] = False
+        begins = torch.ones_like(answers)
+        real = self.attention_mask.bool()
+        begins[:, 1:] = (answers[:, :-1] & ~answers[:, 1:]) | (real[:, :-1] & ~real[:, 1:])
+        if self.texts is not None:
+            places = torch.arange(answers.shape[1], device=answers.device)
+            begins |= self.texts.of_tokens(answers.shape[1])[0] == places
+        turn = begins.flatten().cumsum(0) - 1
+        lengths = torch.zeros_like(turn).scatter_add_(0, turn, torch.ones_like(turn))
+        return lengths[turn].view_as(answers)
 
 
 def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_length: int) -> list[Sample]:

@@ -108,14 +108,15 @@ class _GateTrainer:
 
     def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
         config, run = self.config, self.run
-        tokens = sum(len(sample.ids) for sample in drawn)
+        count = sum(sample.turns if config.balance == "turn" else len(sample.ids) for sample in drawn)
         share = 1 / sum(sample.response_tokens for sample in drawn)
         self.totals.zero_()
 
         def inputs_of(batch: Batch, places: int | None) -> GateInputs:
+            weights = self._token_weights(batch, count)
             if config.objective == "gate":  # which predicts nothing
                 batch, places = replace(batch, labels=torch.full_like(batch.labels, IGNORE)), 0
-            return gate_inputs(batch, self._token_weights(batch, tokens, len(drawn)), share, places)
+            return gate_inputs(batch, weights, share, places)
 
         self.passes.run(drawn, batches, inputs_of)
         lm_loss, gate_loss, accuracy = run.sum_over_processes(self.gates, self.totals).tolist()
@@ -125,13 +126,11 @@ class _GateTrainer:
         loss = lm_loss + config.beta * gate_loss
         return {"loss": loss, "lm_loss": lm_loss, "gate_loss": gate_loss, "gate_accuracy": accuracy}
 
-    def _token_weights(self, batch: Batch, tokens: int, samples: int) -> Tensor:
+    def _token_weights(self, batch: Batch, count: int) -> Tensor:
         """(B, S): how much a token counts in the step's mean over all gates; 0 at pads, 1 in all over its batches."""
         real = batch.attention_mask.float()
-        if self.config.balance == "sample":
-            real, count = real / batch.sample_lengths(), samples
-        else:
-            count = tokens
+        if self.config.balance == "turn":
+            real /= batch.turn_lengths()
         return real * (batch.weight / count / len(self.gates))
 
     def _pass(self, inputs: GateInputs) -> None:

@@ -140,3 +140,19 @@ def test_a_list_of_texts_is_encoded_as_each_alone(core, monkeypatch):
     for t in (tokenizer, alone()):
         with pytest.raises(ValueError, match="row 11 of the dataset has no 'response'"):
             encode(rows, {"one": 0, "two": 1}, t, 100)
+
+
+def test_a_turn_ends_where_a_response_does(core):
+    turns = [{"task": "two", "prompt": "ab", "response": "c"}, {"task": "one", "prompt": "d", "response": "efg"}]
+    samples = encoded(core, [{"turns": turns}, turns[0], {"turns": turns * 2}])
+    assert [sample.turns for sample in samples] == [2, 1, 4]
+    lengths = collate(samples, 2, CPU).turn_lengths()
+    both = [5] * 5 + [6] * 6
+    assert [row[: len(sample.ids)].tolist() for row, sample in zip(lengths, samples)] == [both, both[:5], both * 2]
+
+
+def test_what_was_cut_off_may_leave_a_text_that_begins_with_its_response(core):
+    rows = [{"task": "two", "prompt": "ab", "response": "cdef"}, {"task": "one", "prompt": "g", "response": "h"}]
+    (sample,) = encode([{"turns": rows}], {"one": 0, "two": 1}, core.Tokenizer(), 8)
+    assert sample.is_response == [True] * 4 + [False] * 2 + [True] * 2 and sample.turns == 2
+    assert collate([sample], 2, CPU).turn_lengths().tolist() == [[4] * 8]

@@ -24,7 +24,7 @@ def test_defaults_are_the_documented_ones():
         (MeteoraConfig, {"temperature": "hot"}, "temperature must be a number"),
         (MeteoraConfig, {"backend": "cuda"}, "unknown backend 'cuda'; choose one of auto, loop, bmm, dense, triton"),
         (GateTrainingConfig, {"objective": "both"}, "unknown objective 'both'; choose one of joint, gate"),
-        (GateTrainingConfig, {"balance": "task"}, "unknown balance 'task'; choose one of token, sample"),
+        (GateTrainingConfig, {"balance": "task"}, "unknown balance 'task'; choose one of token, turn"),
         (GateTrainingConfig, {"mixed_per_step": 0}, "mixed_per_step must be a whole number of at least 1, not 0"),
         (GateTrainingConfig, {"epochs": math.inf}, "epochs must be"),
         (GateTrainingConfig, {"epochs": math.nan}, "epochs must be"),

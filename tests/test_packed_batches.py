@@ -61,7 +61,7 @@ def test_a_row_holds_its_samples_and_what_fills_it_does_not_count(core, size):
         assert all(any(ids == sample.ids for sample in samples) for ids in held)
         real = batch.attention_mask.sum().item()
         assert real == sum(map(len, held)) and row[real:].tolist() == [2] * (len(row) - real)
-        assert (batch.sample_lengths()[0, :real] == torch.tensor([len(ids) for ids in held for _ in ids])).all()
+        assert batch.turn_lengths()[0, :real].tolist() == [len(ids) for ids in held for _ in ids]
 
         inputs = adapter_inputs(batch, {0: 9, 1: 9}, 2, places)
         assert inputs.shape == (1, len(row), places, len(bounds) - 1) and places >= len(row) // 8

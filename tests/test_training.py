@@ -76,14 +76,17 @@ def test_joint_is_the_loss_written_out(core, make, top_k):
         )
 
 
-@pytest.mark.parametrize("balance", ["token", "sample"])
+@pytest.mark.parametrize("balance", ["token", "turn"])
 def test_the_local_gradient_is_autograds(core, make, balance):
     model = make()
     rows = [{"task": "one", "prompt": "abcdefgh", "response": "x"}, *core.rows(count=1)]
+    rows.append({"turns": [rows[0], rows[-1]]})
     groups = by_task(encode(rows, {"one": 0, "two": 1}, core.Tokenizer(), 100))
     config = GateTrainingConfig(objective="gate", balance=balance, max_grad_norm=1e9)
     trainer = _GateTrainer(model, config, TrainingRun(model, groups, config, core.Tokenizer(), None))
     drawn = [sample for samples in groups.values() for sample in samples]
+    mixed, long = drawn[:2]
+    turns = [[len(long.ids), len(mixed.ids) - len(long.ids)], *([len(sample.ids)] for sample in drawn[1:])]
     batch = collate(drawn, 2, trainer.run.device)
     for gate in trainer.gates:
         gate.grad = torch.zeros_like(gate)
@@ -97,11 +100,12 @@ def test_the_local_gradient_is_autograds(core, make, balance):
     means = []
     for name, layer in model.layers.items():
         layer.gate.weight.grad = None
-        rows = []  # each sample's losses
-        for logits, real, labels in zip(layer.gate(inputs[name]), batch.attention_mask.bool(), batch.token_tasks):
-            rows.append(torch.nn.functional.cross_entropy(logits[real], labels[real], reduction="none"))
-        assert len({len(row) for row in rows}) > 1
-        means.append(torch.cat(rows).mean() if balance == "token" else torch.stack([row.mean() for row in rows]).mean())
+        parts = []  # each turn's losses
+        of_rows = layer.gate(inputs[name]), batch.attention_mask.bool(), batch.token_tasks, turns
+        for logits, real, labels, lengths in zip(*of_rows, strict=True):
+            losses = torch.nn.functional.cross_entropy(logits[real], labels[real], reduction="none")
+            parts += losses.split(lengths)
+        means.append(torch.cat(parts).mean() if balance == "token" else torch.stack([p.mean() for p in parts]).mean())
     expected = torch.stack(means).mean()
     expected.backward()
     torch.testing.assert_close(loss, expected.detach().cpu())
@@ -161,7 +165,7 @@ def test_gradient_checkpointing_gives_the_same_history(core, make, recwarn):
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
 
-@pytest.mark.parametrize("balance", ["token", "sample"])
+@pytest.mark.parametrize("balance", ["token", "turn"])
 @pytest.mark.parametrize("objective", ["joint", "gate"])
 def test_passes_that_could_be_recorded_train_the_same(core, make, monkeypatch, objective, balance):
     options = {"objective": objective, "balance": balance, "samples_per_step": 5}
@@ -264,7 +268,7 @@ def test_what_counts_alike_and_how_many_mixed_rows_decide(core, make):
         history = train_gates(make(), rows, GateTrainingConfig(**config, **changes), tokenizer=core.Tokenizer())
         return [row["gate_loss"] for row in history]
 
-    found = [losses(), losses(mixed_per_step=4), losses(mixed_per_step=9), losses(balance="sample")]
+    found = [losses(), losses(mixed_per_step=4), losses(mixed_per_step=9), losses(balance="turn")]
     assert found[0] == found[1] and len({tuple(f) for f in found}) == 3
 
 
