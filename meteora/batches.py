@@ -36,8 +36,9 @@ class Sample:
 
     @property
     def turns(self) -> int:
-        """Prompts with their responses. A turn ends with its response or the text; its prompt may be cut off."""
-        return 1 + sum(before and not now for before, now in pairwise([False, *self.is_response[1:]]))
+        """Prompts with their responses: a turn ends with a response, where the task changes, or with the text."""
+        ends = (before and not now for before, now in pairwise([False, *self.is_response[1:]]))
+        return 1 + sum(end or task != other for end, (task, other) in zip(ends, pairwise(self.tasks), strict=True))
 
 
 class Texts(NamedTuple):
@@ -81,8 +82,9 @@ class Batch:
         answers = self.labels != IGNORE
         answers[:, 0] = False
         begins = torch.ones_like(answers)
-        real = self.attention_mask.bool()
+        real, tasks = self.attention_mask.bool(), self.token_tasks
         begins[:, 1:] = (answers[:, :-1] & ~answers[:, 1:]) | (real[:, :-1] & ~real[:, 1:])
+        begins[:, 1:] |= tasks[:, :-1] != tasks[:, 1:]
         if self.texts is not None:
             places = torch.arange(answers.shape[1], device=answers.device)
             begins |= self.texts.of_tokens(answers.shape[1])[0] == places

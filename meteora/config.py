@@ -120,7 +120,7 @@ class GateTrainingConfig(TrainingConfig):
             a forward pass.
         beta: weight of the gate cross-entropy in ``joint``. The authors' code ends at 50.
         balance: what counts alike in the gate cross-entropy: every ``token`` (the paper's, in which tasks with long
-            prompts prevail), or every ``turn``: a prompt and its response, of which a row of several tasks has several.
+            prompts prevail), or every ``turn``: a prompt and its response (`batches.Sample.turns`).
         mixed_per_step: rows of several tasks in one step; ``None``: as many as of each task.
         gradient_checkpointing: recompute activations in ``joint``'s backward pass; has no effect on ``gate``.
     """

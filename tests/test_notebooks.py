@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from meteora.study.artifacts import STAGES, Workspace, existing_stages
@@ -50,3 +51,14 @@ def test_a_notebook_says_which_one_is_missing(stage, tmp_path) -> None:
     shutil.copy(Workspace("smoke").root / "notebooks" / notebook.name, notebook)
     with pytest.raises(NotebookError, match="ArtifactError: .* is missing: run notebook 01_adapter_collection first"):
         run_notebook(notebook, tmp_path / "out.ipynb", tmp_path / "out.html", {"profile": str(profile)})
+
+
+def test_a_page_shows_its_figures_whatever_backend_matplotlib_has_been_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    source = "import matplotlib.pyplot as plt\nfrom IPython.display import display\n"
+    cell = nbformat.v4.new_code_cell(source + "figure, _ = plt.subplots()\nplt.close(figure)\ndisplay(figure)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "figure.ipynb")
+    run_notebook(tmp_path / "figure.ipynb", tmp_path / "out.ipynb", tmp_path / "out.html", {})
+    (output,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs
+    assert "image/png" in output["data"]
+    assert output["data"]["image/png"][:40] in (tmp_path / "out.html").read_text(encoding="utf-8")

@@ -47,6 +47,37 @@ def test_rows_are_nearly_full_and_alike():
     assert [tokens for _, tokens in packed_groups(samples_of([20] * 5), 16384, 500)] == [8192]
 
 
+PIECES = st.lists(st.tuples(st.integers(1, 6), st.booleans(), st.integers(0, 2)), min_size=1, max_size=6)
+
+
+def turns_of(sample):
+    """Lengths of a sample's turns, token by token. What it begins with is a prompt."""
+    lengths = [1]
+    for n in range(1, len(sample.ids)):
+        answered = n > 1 and sample.is_response[n - 1] and not sample.is_response[n]
+        lengths += [0] if answered or sample.tasks[n] != sample.tasks[n - 1] else []
+        lengths[-1] += 1
+    return lengths
+
+
+@given(st.lists(PIECES, min_size=1, max_size=8), st.sampled_from([None, 36, 64, 300]))
+def test_tokens_know_the_length_of_their_turn(texts, size):
+    """In rows that texts share, and in padded batches; also texts that end with a prompt or begin with a response."""
+    samples = []
+    for number, pieces in enumerate(texts, 10):
+        responses, tasks = ([piece[part] for piece in pieces for _ in range(piece[0])] for part in (1, 2))
+        samples.append(Sample([number] * len(tasks), responses, tasks))
+    assert [sample.turns for sample in samples] == [len(turns_of(sample)) for sample in samples]
+    packed = (row for row, _ in packed_batches(samples, size, 36, 2)) if size else [collate(samples, 2, CPU)]
+    found = {}
+    for batch in packed:
+        tokens = zip(batch.input_ids.flatten().tolist(), batch.turn_lengths().flatten().tolist(), strict=True)
+        for number, length in tokens:
+            found.setdefault(number, []).append(length)
+    for sample in samples:
+        assert found[sample.ids[0]] == [turn for turn in turns_of(sample) for _ in range(turn)]
+
+
 @pytest.mark.parametrize("size", [64, 150, 512])
 def test_a_row_holds_its_samples_and_what_fills_it_does_not_count(core, size):
     samples = encode(core.rows(count=3), {"one": 0, "two": 1}, core.Tokenizer(), 100)
@@ -61,7 +92,6 @@ def test_a_row_holds_its_samples_and_what_fills_it_does_not_count(core, size):
         assert all(any(ids == sample.ids for sample in samples) for ids in held)
         real = batch.attention_mask.sum().item()
         assert real == sum(map(len, held)) and row[real:].tolist() == [2] * (len(row) - real)
-        assert batch.turn_lengths()[0, :real].tolist() == [len(ids) for ids in held for _ in ids]
 
         inputs = adapter_inputs(batch, {0: 9, 1: 9}, 2, places)
         assert inputs.shape == (1, len(row), places, len(bounds) - 1) and places >= len(row) // 8

@@ -16,7 +16,7 @@ from meteora import AdapterTrainingConfig, GateTrainingConfig, MeteoraModel, tra
 from meteora.adapters import load_adapter
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
-GATES = {"max_steps": 3, "samples_per_step": 2, "learning_rate": 0.01, "tokens_per_batch": 40}
+GATES = {"max_steps": 3, "samples_per_step": 2, "learning_rate": 0.01, "tokens_per_batch": 40, "balance": "turn"}
 ADAPTERS = {"max_steps": 3, "samples_per_step": 2, "learning_rate": 0.02, "rank": 2, "dtype": "float32"}
 
 SCRIPT = """

@@ -34,7 +34,10 @@ class _OwnKernel(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         kernel = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"])
         # tqdm advises to install ipywidgets, whose bars would be missing from a page that nobody's browser runs
-        return KernelSpec(**kernel, env={"PYTHONWARNINGS": "ignore:IProgress not found"})
+        env = {"PYTHONWARNINGS": "ignore:IProgress not found"}
+        # with another backend, which a machine without a screen may have set, a page shows no figure
+        env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+        return KernelSpec(**kernel, env=env)
 
 
 class _InnerBar:

@@ -66,6 +66,8 @@ def merge_adapters(
     Returns:
         Name -> the directory of its adapter.
     """
+    if not mergings:
+        return {}
     if not adapters:
         raise ValueError(f"There are no adapters to merge into {', '.join(map(repr, mergings))}.")
     digests = adapter_digests(adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -44,29 +45,30 @@ def results_block(results: Path = RESULTS) -> str:
     for name in [name for name in reversed(ORDER) if name != "smoke"]:
         metrics = results / name / "metrics"
         if (metrics / "independent.csv").is_file():
-            independent = pd.read_csv(metrics / "independent.csv")
-            means = table1(independent[independent["metric"] == "accuracy"])
+            independent = pd.read_csv(metrics / "independent.csv").query("metric == 'accuracy'")
+            means = table1(independent)
             caption = table1_caption(independent).removeprefix("Table 1. ")
             parts.append(f"**Profile `{name}`: {load_profile(name).description}**\n\n{caption}\n\n{to_markdown(means)}")
         if (metrics / "composite.csv").is_file():
-            parts.append(_composites(pd.read_csv(metrics / "composite.csv")))
+            temperatures = load_profile(name).composite.temperature
+            parts.append(_composites(pd.read_csv(metrics / "composite.csv"), temperatures))
     return "\n".join(parts) or NO_RESULTS
 
 
-def _composites(composite: pd.DataFrame) -> str:
+def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float]) -> str:
     """One row a protocol and size, one column a method: correct answers of an item, over all its sub-tasks.
 
-    A method that depends on the temperature has the paper's, the highest, beside the other methods, and 1 beside that.
+    A method that depends on the temperature has the paper's for each size beside the other methods, and 1 beside that.
     """
     correct = composite[(composite["subtask"] == "ALL") & (composite["metric"] == "correct")]
     keys, rows = ["composite", "protocol", "shots"], []
     depends = correct.groupby(["method", *keys])["value"].nunique().groupby("method").max() > 1
     for (size, protocol, shots), cells in correct.groupby(keys, sort=False):
-        highest = cells["temperature"].max()
-        row = {"problems": size, "protocol": run_label(protocol, shots), "T": f"{highest:g}"}
+        own_temperature = temperatures.get(size, 1.0)
+        row = {"problems": size, "protocol": run_label(protocol, shots), "T": f"{own_temperature:g}"}
         for method in in_order(correct["method"]):
             own = cells[cells["method"] == method]
-            columns = {label(method): highest} | ({f"{label(method)}, T = 1": 1.0} if depends[method] else {})
+            columns = {label(method): own_temperature} | ({f"{label(method)}, T = 1": 1.0} if depends[method] else {})
             for column, temperature in columns.items():
                 found = own[own["temperature"] == temperature].itertuples()
                 row[column] = next((interval_text(c.value, c.low, c.high, "correct") for c in found), "")
