@@ -233,10 +233,12 @@ def paired_composite_rows(
     temperature: float,
 ) -> list[Row]:
     """Differences of two methods on the same items: `method,other,metric,value,low,high`, of attempted and correct."""
+    pairs = list(pairs)
+    names = dict.fromkeys(name for pair in pairs for name in pair)
+    scores = {name: score_composite(items, predictions[name][temperature]) for name in names}
     rows: list[Row] = []
     for method, other in pairs:
-        first, second = (score_composite(items, predictions[name][temperature]) for name in (method, other))
-        for metric in first:
-            value, low, high = paired_difference(first[metric], second[metric])
+        for metric in scores[method]:
+            value, low, high = paired_difference(scores[method][metric], scores[other][metric])
             rows.append({"method": method, "other": other, "metric": metric, "value": value, "low": low, "high": high})
     return rows

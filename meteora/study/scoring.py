@@ -18,7 +18,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -149,13 +149,23 @@ def _named(answer: str, candidates: set[str]) -> set[str]:
     """The candidates that stand in ``answer`` as whole words, the longest taking precedence, negated ones aside."""
     found = set()
     for candidate in sorted(candidates, key=len, reverse=True):
-        # A hyphen, a point or an apostrophe joins: "1" is not in "1.5" or "-1", "entailment" not in "non-entailment".
-        word = rf"(?<![\w-])(?<!\w[.,'/]){re.escape(candidate)}(?![\w-])(?![.,'/]\w)"
-        answer, negated = re.subn(rf"(?<![\w-]){_NEGATION}{word}", "\0", answer)
-        answer, named = re.subn(word, "\0", answer)
+        if candidate not in answer:  # as by far most are not
+            continue
+        negated, word = _as_words(candidate)
+        answer, named = word.subn("\0", negated.sub("\0", answer))
         if named:
             found.add(candidate)
     return found
+
+
+@lru_cache(maxsize=1 << 14)  # to compile takes longer than to search; the next method's answers are to the same choices
+def _as_words(text: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds a text as whole words: behind a negation, and anywhere.
+
+    A hyphen, a point or an apostrophe joins: "1" is not in "1.5" or "-1", "entailment" not in "non-entailment".
+    """
+    word = rf"(?<![\w-])(?<!\w[.,'/]){re.escape(text)}(?![\w-])(?![.,'/]\w)"
+    return re.compile(rf"(?<![\w-]){_NEGATION}{word}"), re.compile(word)
 
 
 def _yes_or_no(prediction: str, references: list[str], choices: list[str]) -> bool:
