@@ -169,7 +169,8 @@ class TranscriptBatch:
         rows = list(range(len(limits)))  # which transcript each row of the batch is
         finished = [limit <= 0 for limit in limits]
         scores = self._scores
-        written = torch.empty(len(rows), 0, dtype=torch.long, device=self.device)  # by this call; pads where a row has ended
+        # By this call; pads where a row has ended.
+        written = torch.empty(len(rows), 0, dtype=torch.long, device=self.device)
         while True:
             if processor is not None and not all(finished):
                 scores = processor(written, scores)
