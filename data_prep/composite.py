@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 class CompositeItem:
     """One composite problem.
 
-    tasks, examples: the sub-tasks in order, and their test examples.
+    tasks, examples: the sub-tasks in order, and an example of each.
     prefix: the few-shot text, the same for all items of a set; "" without shots.
     body: the questions (with shots=0 preceded by an instruction, as nothing else would ask for numbered lines).
     """
@@ -50,14 +50,15 @@ class CompositeItem:
 
 
 def build_composites(
-    data_dir: str | Path, tasks: Sequence[str], items: int, *, shots: int = 2, seed: int = 0
+    data_dir: str | Path, tasks: Sequence[str], items: int, *, shots: int = 2, seed: int = 0, split: str = "test"
 ) -> list[CompositeItem]:
     """A set of `items` composite problems of the given tasks, from data written by `prepare_tasks`.
 
     Args:
         tasks: the sub-tasks, in the order of the questions.
         shots: solved examples in the prefix, taken from the training splits; 0 for none.
-        seed: seeds the choice of examples; it and the tasks fix the set.
+        seed: seeds the choice of examples; it, the tasks and the split fix the set.
+        split: whose examples are asked for, `test` or `valid`.
 
     Raises:
         DataError: too few prepared examples, or data not prepared.
@@ -67,10 +68,10 @@ def build_composites(
     prefix = joined(few_shot_pieces(list(zip(*(_shots(data_dir, task, shots, seed) for task in tasks), strict=True))))
     columns = []
     for position, task in enumerate(tasks):
-        examples = load_split(data_dir, task, "test")
+        examples = load_split(data_dir, task, split)
         if len(examples) < items:
             raise DataError(
-                f"{items} composite items need {items} test examples of {task} and {data_dir} has {len(examples)}: "
+                f"{items} composite items need {items} {split} examples of {task} and {data_dir} has {len(examples)}: "
                 "ask for fewer items or prepare more."
             )
         stable_rng(seed, "composite", position, task).shuffle(examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import pandas as pd
@@ -235,7 +236,7 @@ def test_shares_of_unknown_prompts_are_over_the_adapters_that_are_left(whole, wo
 
 def test_foreign_prompts_are_prepared_and_met(tmp_path):
     changes = {
-        "ablations": {"samples": 2, "foreign": ["toy_parity"]},
+        "ablations": {"samples": 2, "foreign": ["toy_parity"], "composite_items": 1},
         "composite__sizes": {2: ["toy_echo", "toy_first_letter"]},
         "composite__temperature": {},
     }
@@ -247,6 +248,18 @@ def test_foreign_prompts_are_prepared_and_met(tmp_path):
     assert set(of(frame, metric="response_loss")["task"]) == {"toy_parity"}
     empty = [name for name, study in STUDIES.items() if ablations.run(name, study(ablations)).empty]
     assert empty == [name for name in STUDIES if name not in ("reference", "unknown")], "what is not set is left out"
+
+
+def test_trainings_of_gates_are_compared_on_composites_of_validation_problems(ablations, whole, workspace):
+    rows = whole[whole["study"].isin(["reference", "gates"]) & (whole["metric"] == "correct")]
+    assert set(rows["split"]) == {"valid"} and set(rows["protocol"]) == {"sequential"}
+    assert set(rows["composite"]) == set(workspace.profile.composite.sizes)
+    methods = rows.groupby(["study", "variant"])["method"].unique().map(sorted).to_dict()
+    assert methods.pop(("reference", "as trained")) == ["base", "lora_b", "meteora_top1", "meteora_top2", "peft"]
+    assert methods == {("gates", name): ["meteora_top1", "meteora_top2"] for name in workspace.profile.ablations.gates}
+    asked = json.loads((workspace.predictions / "ablations/reference/composite-2/sequential/peft.jsonl").open().readline())
+    valid = {example["prompt"] for rows in ablations.examples("valid").values() for example in rows}
+    assert {prompt for prompts in asked["prompts"].values() for prompt in prompts} <= valid
 
 
 def test_training_on_composites_is_compared_on_the_same_items(whole, workspace):

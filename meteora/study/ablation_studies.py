@@ -22,11 +22,12 @@ from meteora.study import (
     ablations_composites,
     ablations_formats,
     ablations_gates,
+    ablations_reference,
     ablations_routing,
     ablations_speed,
     ablations_tasks,
 )
-from meteora.study.ablations import COLUMNS, Ablations, Variant, reference_study
+from meteora.study.ablations import COLUMNS, Ablations, Variant
 from meteora.study.artifacts import ArtifactError, Workspace, set_up
 from meteora.study.measures import Row
 from meteora.study.profiles import ProfileError, load_profile
@@ -34,7 +35,7 @@ from meteora.study.profiles import ProfileError, load_profile
 logger = logging.getLogger(__name__)
 
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
-    "reference": reference_study,
+    **ablations_reference.STUDIES,
     **ablations_routing.STUDIES,
     **ablations_gates.STUDIES,
     **ablations_tasks.STUDIES,

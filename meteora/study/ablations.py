@@ -277,16 +277,6 @@ def methods_of(model: MeteoraModel, *names: str) -> dict[str, Method]:
     return build_methods(names, model)
 
 
-def reference_study(ablations: Ablations) -> Iterator[Variant]:
-    """The unchanged methods, which the variants are compared with."""
-
-    def produce() -> list[Row]:
-        rows = ablations.accuracy_rows(ablations.reference, adapters=len(ablations.tasks))
-        return rows + ablations.gate_rows(ablations.study.model, adapters=len(ablations.tasks))
-
-    yield Variant("as trained", {}, produce)
-
-
 def _named(study: str, variant: Variant, kept: Mapping[str, Any]) -> list[Row]:
     """A variant's rows as they stand in `ablations.csv`; the last is how long producing them took."""
     taken = row("seconds", kept["seconds"], unit="s")

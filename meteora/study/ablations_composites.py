@@ -1,9 +1,10 @@
-"""Studies of composites: solved examples in the prompt, and the methods that notebook 04 leaves out."""
+"""Composites in studies: solved examples in the prompt, the methods that notebook 04 leaves out, validation problems."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from data_prep.composite import CompositeItem, build_composites
 from meteora.study.ablations import Ablations, Variant
@@ -59,6 +60,19 @@ def answer_all_composites(ablations: Ablations, methods: Mapping[str, Method], c
         )
         rows += answer_composites(ablations, methods, items, composite.protocols, folder, shots=composite.shots)
     return rows
+
+
+def validation_rows(ablations: Ablations, methods: Mapping[str, Method], *names: str) -> list[Row]:
+    """Rows of `sequential` composites of validation problems, every size; answers as in `Ablations.answer`."""
+    folder = ablations.workspace.predictions.joinpath("ablations", *(quote(name, safe="") for name in names))
+    rows = []
+    for tasks in ablations.profile.composite.sizes.values():
+        items = build_composites(
+            ablations.workspace.data, tasks, ablations.settings.composite_items, shots=0,
+            seed=ablations.profile.seed, split="valid",
+        )  # fmt: skip
+        rows += answer_composites(ablations, methods, items, ["sequential"], folder, shots=0)
+    return [row | {"split": "valid"} for row in rows]
 
 
 def answer_composites(

@@ -10,6 +10,7 @@ from data_prep.splits import stable_rng
 from meteora import MeteoraConfig, MeteoraModel
 from meteora.adapters import load_adapter
 from meteora.study.ablations import Ablations, TrainedGates, Variant, mean_rows, methods_of, row
+from meteora.study.ablations_composites import composite_settings, validation_rows
 from meteora.study.artifacts import Workspace
 from meteora.study.baselines import build_methods, share_weights
 from meteora.study.collection import collect_adapters
@@ -17,15 +18,18 @@ from meteora.study.measures import Row
 
 
 def gates_study(ablations: Ablations) -> Iterator[Variant]:
-    """Objectives, weights and learning rates: accuracy, and what the training took."""
+    """Objectives, weights, learning rates, transcripts: accuracy, also on composites, and what the training took."""
     variants = ablations.settings.gates
     for name, options in variants.items():
 
         def produce(name: str = name) -> list[Row]:
             found = _trained_gates(ablations, name)
-            return _of_gates(ablations, found.model, "gates", name) + _cost(found)
+            methods = methods_of(found.model, "meteora_top1", "meteora_top2")
+            composites = validation_rows(ablations, methods, "gates", name)
+            return _of_gates(ablations, found.model, "gates", name) + composites + _cost(found)
 
-        settings, before = [ablations.profile.gates, options], options.get("after")
+        composites = [composite_settings(ablations), ablations.settings.composite_items]
+        settings, before = [ablations.profile.gates, options, *composites], options.get("after")
         while before is not None:
             settings.append(variants[before])
             before = variants[before].get("after")
