@@ -30,6 +30,13 @@ def test_every_protocol_and_temperature_stands_by_itself():
     )
 
 
+def test_protocols_may_have_more_items_than_others():
+    frame = composite([("numbered", 2, 1.0), ("sequential", 0, 1.0)])
+    frame.loc[frame["protocol"] == "sequential", "n"] = 200
+    claims = claims_table({"composite": frame}, "smollm2").set_index("claim")
+    assert claims.loc["Composite-3, correct answers, against LoRA-B", "n"] == "40 to 200"
+
+
 def test_prompts_without_examples_are_told_apart():
     text = said([("numbered", 2, 1.0), ("numbered", 0, 1.0), ("sequential", 0, 1.0)])
     runs = ("numbered, T=1", "numbered, zero-shot, T=1", "sequential, T=1")

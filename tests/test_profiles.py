@@ -93,6 +93,8 @@ def test_smollm2_holds_what_the_record_needs() -> None:
     assert {"language_identification", "topical_chat"} == set(composite.sizes[10]) - set(PUBLISHED_10)
     assert composite.protocols == PROTOCOLS and composite.zero_shot == ("numbered", "guided")
     assert composite.temperature == {3: 15, 5: 20, 10: 30} and composite.items >= 100
+    assert [composite.count(protocol) for protocol in PROTOCOLS] == [100, 100, 200]
+    assert [load_profile("laptop").composite.count(protocol) for protocol in PROTOCOLS] == [16, 16, 16]
     assert {"base", "peft", "lora_f", "lora_b", "meteora_top2"} <= set(composite.methods)
     assert set(composite.methods) | set(profile.ablations.composite_methods) == set(METHODS)
     for section in (profile.lora_b, profile.lora_f):
@@ -186,6 +188,7 @@ def test_the_training_options_reach_the_configs(write) -> None:
         ({"composite__sizes": {2: ["toy_echo", "winowhy"]}, "composite__temperature": {}}, r"no choice 'winowhy'"),
         ({"composite__temperature": {2: 0}}, r"composite\.temperature\.2 must be positive"),
         ({"composite__items": 0}, r"composite\.items must be at least 1"),
+        ({"composite__sequential_items": 0}, r"composite\.sequential_items must be at least 1"),
         ({"benchmark__backends": ["cuda"]}, r"benchmark\.backends has no choice 'cuda'; known are auto, loop"),
         ({"benchmark__layers": []}, r"benchmark\.layers must name at least one"),
         ({"benchmark__layers": [STUDY | {"sizes": [[32, 32, 32]]}]}, r"benchmark\.layers\.sizes must have 2 entries"),

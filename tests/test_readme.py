@@ -104,10 +104,10 @@ def test_results_block(tmp_path) -> None:
     block = results_block(tmp_path)
     assert "1 of the paper's 28 tasks" in block
     assert re.search(r"\| MeteoRA top-2 \| 0\.750 \[", block)
-    assert "| problems | protocol | T | MeteoRA top-2 | MeteoRA top-2, T = 1 | LoRA-B |" in block
+    assert "| problems | protocol | items | T | MeteoRA top-2 | MeteoRA top-2, T = 1 | LoRA-B |" in block
     ours, ours_at_1, other = (interval_text(value, 1.0, 2.0, "correct") for value in (1.65, 1.51, 1.5))
     for run in ("numbered, zero-shot", "sequential"):
-        assert f"| 3 | {run} | 15 | {ours} | {ours_at_1} | {other} |" in block
+        assert f"| 3 | {run} | 16 | 15 | {ours} | {ours_at_1} | {other} |" in block
     assert interval_text(2.0, 1.5, 2.5, "correct") not in block  # attempted is another measure
 
 

@@ -39,7 +39,7 @@ def composites_study(ablations: Ablations) -> Iterator[Variant]:
 
         def produce(name: str = name) -> list[Row]:
             study = open_study(ablations.workspace, [name], device=ablations.device)
-            return answer_all_composites(ablations, study.methods, composite.items, ablations.workspace.predictions)
+            return answer_all_composites(ablations, study.methods, composite.count, ablations.workspace.predictions)
 
         yield Variant(name, {"composite": composite_settings(ablations), "xlora": ablations.profile.xlora}, produce)
 
@@ -48,17 +48,21 @@ def composite_settings(ablations: Ablations) -> list:
     """What decides the composites of notebook 04, for a variant's settings."""
     composite = ablations.profile.composite
     sizes = [[size, list(tasks)] for size, tasks in composite.sizes.items()]
-    return [sizes, composite.items, composite.shots, composite.protocols, composite.max_new_tokens_per_answer]
+    counts = [composite.count(protocol) for protocol in composite.protocols]
+    return [sizes, counts, composite.shots, composite.protocols, composite.max_new_tokens_per_answer]
 
 
-def answer_all_composites(ablations: Ablations, methods: Mapping[str, Method], count: int, folder: Path) -> list[Row]:
-    """Rows of ``count`` composites of every size, in notebook 04's protocols and with its shots."""
+def answer_all_composites(
+    ablations: Ablations, methods: Mapping[str, Method], count: Callable[[str], int], folder: Path
+) -> list[Row]:
+    """Rows of composites of every size, in notebook 04's protocols, of each ``count(protocol)``, and with its shots."""
     composite, rows = ablations.profile.composite, []
     for tasks in composite.sizes.values():
-        items = build_composites(
-            ablations.workspace.data, tasks, count, shots=composite.shots, seed=ablations.profile.seed
-        )
-        rows += answer_composites(ablations, methods, items, composite.protocols, folder, shots=composite.shots)
+        for protocol in composite.protocols:
+            items = build_composites(
+                ablations.workspace.data, tasks, count(protocol), shots=composite.shots, seed=ablations.profile.seed
+            )
+            rows += answer_composites(ablations, methods, items, [protocol], folder, shots=composite.shots)
     return rows
 
 

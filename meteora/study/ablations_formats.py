@@ -93,7 +93,8 @@ def _measure(ablations: Ablations, methods: Mapping[str, Method], tasks: Sequenc
     valid = {task: ablations.valid[task] for task in tasks}
     rows = ablations.accuracy_rows(ablations.answer(methods, valid, "formats", name), against=None)
     folder = ablations.workspace.predictions / "ablations" / "formats" / name.replace(" ", "_")
-    return rows + answer_all_composites(ablations, methods, ablations.settings.composite_items, folder)
+    count = ablations.settings.composite_items
+    return rows + answer_all_composites(ablations, methods, lambda protocol: count, folder)
 
 
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {"formats": formats_study}

@@ -19,10 +19,10 @@ _SETTING = ["composite", "protocol", "shots", "temperature"]
 
 
 class Finding(NamedTuple):
-    """What a run says to a claim: a sentence, and the number of measurements behind it."""
+    """What a run says to a claim: a sentence, and the number of measurements behind it, in words where it varies."""
 
     text: str
-    n: int
+    n: int | str
 
 
 def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFrame:
@@ -208,7 +208,8 @@ def _by_size(wide: pd.DataFrame | None, in_words: Callable[[pd.DataFrame], str])
             f"{run_label(protocol, shots)}, T={temperature:g}: {in_words(part)}"
             for (_, protocol, shots, temperature), part in of_size.groupby(level=_SETTING, sort=False)
         ]
-        findings[size] = Finding("; ".join(parts), int(of_size["n"].max()))
+        low, high = int(of_size["n"].min()), int(of_size["n"].max())
+        findings[size] = Finding("; ".join(parts), low if low == high else f"{low} to {high}")
     return findings
 
 
@@ -225,7 +226,7 @@ def _ours_and_lora_b(
         return None
     wide = frame.pivot_table(index=[*_SETTING, "subtask"], columns="method", values="value", sort=False)
     wide = wide[[ours, "lora_b"]].dropna().set_axis(["meteora", "lora_b"], axis=1).assign(method=ours)
-    wide["n"] = frame["n"].max()
+    wide["n"] = frame.groupby([*_SETTING, "subtask"], sort=False)["n"].max()
     return wide.droplevel("subtask") if len(wide) else None
 
 

@@ -159,6 +159,7 @@ class CompositeSettings:
     Attributes:
         sizes: number of tasks -> those tasks, in the prompt's order.
         items: composites of each size.
+        sequential_items: of those, in ``sequential``, which takes less time for each; ``None``: as many.
         methods: of which ``peft`` takes part in ``sequential`` alone, where it can be told the task of each problem.
         temperature: number of tasks -> what divides the gates' chosen logits; 1 where none is given.
         zero_shot: of the protocols, those that are run without solved examples as well.
@@ -176,9 +177,16 @@ class CompositeSettings:
     zero_shot: tuple[str, ...] = ()
     batch_size: int = 8
     traced: int = 4
+    sequential_items: int | None = None
+
+    def count(self, protocol: str) -> int:
+        """Composites of each size in a protocol."""
+        return self.sequential_items or self.items if protocol == "sequential" else self.items
 
     def __post_init__(self) -> None:
         at_least(1, items=self.items, max_new_tokens_per_answer=self.max_new_tokens_per_answer)
+        if self.sequential_items is not None:
+            at_least(1, sequential_items=self.sequential_items)
         at_least(1, batch_size=self.batch_size, traced=self.traced)
         at_least(0, shots=self.shots)
         distinct(sizes=tuple(self.sizes), protocols=self.protocols, methods=self.methods)

@@ -65,7 +65,8 @@ def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float]) -> s
     depends = correct.groupby(["method", *keys])["value"].nunique().groupby("method").max() > 1
     for (size, protocol, shots), cells in correct.groupby(keys, sort=False):
         own_temperature = temperatures.get(size, 1.0)
-        row = {"problems": size, "protocol": run_label(protocol, shots), "T": f"{own_temperature:g}"}
+        items = int(cells["n"].max())
+        row = {"problems": size, "protocol": run_label(protocol, shots), "items": items, "T": f"{own_temperature:g}"}
         for method in in_order(correct["method"]):
             own = cells[cells["method"] == method]
             columns = {label(method): own_temperature} | ({f"{label(method)}, T = 1": 1.0} if depends[method] else {})
@@ -73,9 +74,7 @@ def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float]) -> s
                 found = own[own["temperature"] == temperature].itertuples()
                 row[column] = next((interval_text(c.value, c.low, c.high, "correct") for c in found), "")
         rows.append(row)
-    items = int(correct["n"].max())
-    caption = f"Composites, correct answers per item (mean over {items} items, 95% bootstrap interval):"
-    return to_markdown(pd.DataFrame(rows), caption)
+    return to_markdown(pd.DataFrame(rows), "Composites, correct answers per item (mean and 95% bootstrap interval):")
 
 
 def speed_block(results: Path = RESULTS) -> str:
