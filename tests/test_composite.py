@@ -178,7 +178,7 @@ def test_the_oracle_runs_every_token_of_a_problem_as_its_task(tiny, items, monke
 def test_prompt_protocols_equal_encoding_everything_anew(tiny, items, methods, tmp_path, protocol):
     model, tokenizer = tiny
     predictions = predict(methods, items, protocol, tiny, tmp_path, temperatures=[1.0])
-    guide = GuidedNumbering(tokenizer, 3, max(LIMITS.values()))
+    guide = GuidedNumbering(tokenizer, [LIMITS[example["task"]] for example in items[0].examples])
     for name, method in methods.items():
         for item, found in zip(items, predictions[name][1.0], strict=True):
             with method.active():

@@ -46,17 +46,17 @@ class Scripted:
         ([" yes\n", " no\n", " both\n", " more\n"], "1. yes\n2. no\n3. both"),
         ([" yes|", " no|", " both|"], "1. yes\n2. no\n3. both"),  # ends the text after every answer
         (["|", "\n", " both|"], "1. \n2. \n3. both"),  # empty answers stay empty
-        ([" abcdefghijklmno\n", " z|"], "1. abcdefghi\n2. jklmno\n3. z"),  # cut after 10 tokens
+        ([" abcdefghijklmno\n", " z|"], "1. abcdefghi\n2. jklm\n3. no"),  # cut after 10 and 4 tokens
         ([], "1. \n2. \n3. "),
     ],
 )
 def test_exactly_n_answers_of_the_models_own(tokenizer, lines, expected):
-    guide = GuidedNumbering(tokenizer, 3, 10)
+    guide = GuidedNumbering(tokenizer, [10, 4, 10])
     assert guide.text(Scripted(tokenizer, lines).run(guide)) == expected
 
 
 def test_rows_are_independent_and_what_is_the_models_is_untouched(tokenizer):
-    guide = GuidedNumbering(tokenizer, 2, 10)
+    guide = GuidedNumbering(tokenizer, [10, 10])
     first, second = guide.numbers
     letter = tokenizer.encode("a", add_special_tokens=False)[0]
     scores = torch.randn(2, len(tokenizer))
@@ -67,9 +67,9 @@ def test_rows_are_independent_and_what_is_the_models_is_untouched(tokenizer):
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 12), most=st.integers(1, 4), seed=st.integers(0, 999), rows=st.integers(1, 4))
-def test_all_rows_at_once_are_each_row_taken_apart(tokenizer, n, most, seed, rows):
-    guide = GuidedNumbering(tokenizer, n, most)
+@given(limits=st.lists(st.integers(1, 4), min_size=1, max_size=12), seed=st.integers(0, 999), rows=st.integers(1, 4))
+def test_all_rows_at_once_are_each_row_taken_apart(tokenizer, limits, seed, rows):
+    guide = GuidedNumbering(tokenizer, limits)
     draw = random.Random(seed)
     some = [guide.eos, guide.line_break, *sorted(guide.ends_line)[:2], *tokenizer.encode("a b", add_special_tokens=False)]
     written = [[] for _ in range(rows)]
@@ -78,24 +78,24 @@ def test_all_rows_at_once_are_each_row_taken_apart(tokenizer, n, most, seed, row
         found = guide._wanted(torch.tensor(written, dtype=torch.long).view(rows, -1), torch.tensor(best)).tolist()
         for row, choice, wanted in zip(written, best, found, strict=True):
             answers, token = guide.split(row)
-            if token is None and choice == guide.eos and len(answers) < n:
+            if token is None and choice == guide.eos and len(answers) < len(limits):
                 token = guide.line_break
             assert wanted == (-1 if token is None else token)
             row.append(choice if token is None else token)
 
 
 def test_max_new_tokens_is_reached_by_a_model_that_never_stops(tokenizer):
-    guide = GuidedNumbering(tokenizer, 3, 4)
+    guide = GuidedNumbering(tokenizer, [4, 2, 3])
     generated = Scripted(tokenizer, [" a" * 50]).run(guide)
     assert len(generated) == guide.max_new_tokens - 1  # the last answer's line break is the end of the text
     answers, token = guide.split(generated)
-    assert [len(answer) for answer in answers] == [4, 4, 4] and token == tokenizer.eos_token_id
+    assert [len(answer) for answer in answers] == [4, 2, 3] and token == tokenizer.eos_token_id
 
 
 def test_the_same_with_generate(tokenizer):
     model, _ = load_base_model("tiny")
     ids = torch.tensor([tokenizer.encode("question")])
-    guide = GuidedNumbering(tokenizer, 3, 5, prompt_length=ids.shape[1])
+    guide = GuidedNumbering(tokenizer, [5, 5, 5], prompt_length=ids.shape[1])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=guide.max_new_tokens,
         logits_processor=[guide], pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -104,5 +104,6 @@ def test_the_same_with_generate(tokenizer):
 
 
 def test_bad_numbers_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="at least 1"):
-        GuidedNumbering(tokenizer, 0, 5)
+    for limits in ([], [5, 0]):
+        with pytest.raises(ValueError, match="at least 1"):
+            GuidedNumbering(tokenizer, limits)

@@ -61,8 +61,7 @@ def predict_composite(
         methods: those that are told the task run in `sequential` only.
         items: of one set, all with n sub-tasks.
         protocol: one of `PROTOCOLS`.
-        limits: task -> most new tokens of one answer. In `numbered` and `guided` each line may take the largest of
-            them.
+        limits: task -> most new tokens of one answer. In `numbered` the whole list may take what they come to.
         batch_size: items at once; fewer where their prompts are more than `tokens_per_batch` tokens.
         temperatures: of the gates' softmax over the chosen adapters (the paper: 15, 20, 30 for composite-3, 5, 10).
     """
@@ -100,11 +99,13 @@ def _predict_run(
 ) -> Answers:
     n = len(items[0].examples)
     limits = {example["task"]: limits[example["task"]] for item in items for example in item.examples}
+    lines = [limits[example["task"]] for example in items[0].examples]
     prompts = {
         item.id: [example["prompt"] for example in item.examples] if protocol == "sequential" else item.prompt
         for item in items
     }
-    header = {**method.identity(), "protocol": protocol, "limits": limits, "prompts": prompts}
+    of_answers = limits if protocol == "sequential" else lines
+    header = {**method.identity(), "protocol": protocol, "limits": of_answers, "prompts": prompts}
     if method.told_task:
         header["tasks"] = {item.id: [example["task"] for example in item.examples] for item in items}
     name = method.name
@@ -115,7 +116,7 @@ def _predict_run(
 
     def produce(missing: list[int]) -> Iterator[dict[int, Any]]:
         nonlocal done
-        for batch in _batches(method, [items[i] for i in missing], protocol, n, tokenizer, limits, *sizes):
+        for batch in _batches(method, [items[i] for i in missing], protocol, tokenizer, limits, lines, *sizes):
             yield {missing[i]: prediction for i, prediction in batch.items()}
             bar.update(len(batch))
             done += len(batch)
@@ -132,9 +133,9 @@ def _batches(
     method: Method,
     items: Sequence[CompositeItem],
     protocol: str,
-    n: int,
     tokenizer,
     limits: Mapping[str, int],
+    lines: Sequence[int],
     batch_size: int,
     tokens_per_batch: int | None,
 ) -> Iterator[dict[int, Any]]:
@@ -157,7 +158,7 @@ def _batches(
                 for i, answers in batch.items()
             }
         return
-    guide = GuidedNumbering(tokenizer, n, max(limits.values()))
+    guide = GuidedNumbering(tokenizer, lines)
     guided = {"processor": guide, "decode": guide.text} if protocol == "guided" else {}
     with method.active():
         yield from iterate_answers(

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor
 
 
 class GuidedNumbering(LogitsProcessor):
-    """Writes `1.`, and at every end of a line or of the text the next number, until `n` answers stand.
+    """Writes `1.`, and at every end of a line or of the text the next number, until all answers stand.
 
     A number is followed by a space in the transcript because the model writes it: in the tokenizers of Llama and
     SmolLM2 a space belongs to the word that follows, so a forced space would leave the model with a word it never saw
-    there. An answer of `max_answer_tokens` tokens is ended by a forced line break, so that one that rambles takes
-    nothing from the others. Works in `TranscriptBatch.decode` and, for greedy search, in
+    there. An answer that reaches its limit is ended by a forced line break, so that one that rambles takes nothing
+    from the others. Works in `TranscriptBatch.decode` and, for greedy search, in
     `model.generate(logits_processor=[...])`.
 
     Args:
         tokenizer: of the model.
-        n: how many numbered answers.
-        max_answer_tokens: most tokens of one answer, its line break not counted.
+        limits: for each numbered answer its most tokens, the line break not counted.
         prompt_length: width of the prompt if the processor is given prompt and generated tokens together, as by
             `generate`.
     """
 
-    def __init__(self, tokenizer, n: int, max_answer_tokens: int, *, prompt_length: int = 0) -> None:
-        if n < 1 or max_answer_tokens < 1:
-            raise ValueError(f"n and max_answer_tokens must be at least 1, not {n} and {max_answer_tokens}.")
-        self.tokenizer, self.n, self.max_answer_tokens = tokenizer, n, max_answer_tokens
+    def __init__(self, tokenizer, limits: Sequence[int], *, prompt_length: int = 0) -> None:
+        if min(limits, default=0) < 1:
+            raise ValueError(f"there must be limits, and each at least 1, not {list(limits)}.")
+        self.tokenizer, self.limits, self.n = tokenizer, list(limits), len(limits)
         self.prompt_length = prompt_length
         self.eos = tokenizer.eos_token_id
         line_break = tokenizer.encode("\n", add_special_tokens=False)
         self.line_break = line_break[-1]
         # a number as it is tokenised at the beginning of a line
         self.numbers = [
-            tokenizer.encode(f"\n{i}.", add_special_tokens=False)[len(line_break) :] for i in range(1, n + 1)
+            tokenizer.encode(f"\n{i}.", add_special_tokens=False)[len(line_break) :] for i in range(1, self.n + 1)
         ]
         pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         self.ends_line = {token for token, piece in enumerate(pieces) if piece.endswith("\n")}
@@ -48,13 +49,14 @@ class GuidedNumbering(LogitsProcessor):
                 "forbidden": torch.tensor(self.forbidden, dtype=torch.int64),
                 "numbers": pad_sequence([torch.tensor(number) for number in self.numbers], batch_first=True),
                 "lengths": torch.tensor([len(number) for number in self.numbers]),
+                "limits": torch.tensor(self.limits),
             }
         }
 
     @property
     def max_new_tokens(self) -> int:
         """What the whole list can need: every number, answer and line break."""
-        return sum(map(len, self.numbers)) + self.n * (self.max_answer_tokens + 1)
+        return sum(map(len, self.numbers)) + sum(self.limits) + self.n
 
     def split(self, generated: list[int]) -> tuple[list[list[int]], int | None]:
         """Take a generated list apart.
@@ -65,7 +67,7 @@ class GuidedNumbering(LogitsProcessor):
         """
         answers: list[list[int]] = []
         at = 0
-        for number in self.numbers:
+        for number, limit in zip(self.numbers, self.limits, strict=True):
             written = len(generated) - at
             if written < len(number):
                 return answers, number[written]
@@ -76,7 +78,7 @@ class GuidedNumbering(LogitsProcessor):
                 answer.append(generated[at])
                 at += 1
             if at == len(generated):
-                if len(answer) < self.max_answer_tokens:
+                if len(answer) < limit:
                     return answers, None
                 return answers, self.eos if len(answers) == self.n else self.line_break
             at += 1
@@ -109,7 +111,7 @@ class GuidedNumbering(LogitsProcessor):
         numbers = self._on(device, "numbers")
         number = numbers[current, written.clamp(max=numbers.shape[1] - 1)]
         last = current == self.n - 1
-        full = written - length >= self.max_answer_tokens
+        full = written - length >= self._on(device, "limits")[current]
         # where the model ends the text, this answer is over, and the next one begins
         over = full | ((best == self.eos) & ~last)
         end = torch.where(last, self.eos, self.line_break)
