@@ -109,6 +109,10 @@ class TrainingConfig:
             _check_rate(name, getattr(self, name), high=1e6)
         _check_rate("warmup", self.warmup, high=1.0)
 
+    def steps(self, most: int) -> int:
+        """Optimiser steps, where the task with the most samples has ``most``."""
+        return self.max_steps or max(1, math.ceil(self.epochs * most / self.samples_per_step))
+
 
 @dataclass
 class GateTrainingConfig(TrainingConfig):
@@ -123,6 +127,8 @@ class GateTrainingConfig(TrainingConfig):
             prompts prevail), or every ``turn``: a prompt and its response (`batches.Sample.turns`).
         mixed_per_step: rows of several tasks in one step; ``None``: as many as of each task.
         gradient_checkpointing: recompute activations in ``joint``'s backward pass; has no effect on ``gate``.
+        first: a training that comes before this one, which goes on with its gates. ``gate`` and then some steps of
+            ``joint`` take a fraction of the time of ``joint`` alone.
     """
 
     objective: str = "joint"
@@ -130,9 +136,16 @@ class GateTrainingConfig(TrainingConfig):
     balance: str = "token"
     mixed_per_step: int | None = None
     gradient_checkpointing: bool = False
+    first: GateTrainingConfig | None = None
+
+    def stages(self) -> list[GateTrainingConfig]:
+        """The trainings one after another, of which this is the last."""
+        return [*(self.first.stages() if self.first is not None else ()), self]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.first, GateTrainingConfig | None):
+            raise ValueError(f"first must be another GateTrainingConfig or None, not {self.first!r}.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
         if self.balance not in BALANCES:

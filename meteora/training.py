@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,24 +55,35 @@ def train_gates(
 
     Returns:
         One row a step: ``step, loss, lm_loss, gate_loss, gate_accuracy``; ``lm_loss`` is NaN under ``gate``, which has
-        no use for it.
+        no use for it. The steps of a second stage (``config.first``) are counted on.
     """
     config = config or GateTrainingConfig()
     if output_dir is not None:
         check_free_for_checkpoint(output_dir)
-    samples = encode(dataset, {n: i for i, n in enumerate(model.adapter_names)}, tokenizer, config.max_length)
+    stages, rows = config.stages(), list(dataset)
+    encoded = functools.cache(lambda length: by_task(encode(rows, _numbered(model.adapter_names), tokenizer, length)))
+    groups = [encoded(stage.max_length) for stage in stages]  # bad rows are told before anything is trained
     _forget_prototypes(model)
-    run = TrainingRun(
-        model, by_task(samples), config, tokenizer, output_dir, mixed_per_step=config.mixed_per_step
-    )
-    trainer = _GateTrainer(model, config, run)
-    history = trainer.train()
+    runs: list[TrainingRun] = []
+    history: list[dict] = []
+    for number, (stage, samples) in enumerate(zip(stages, groups, strict=True)):
+        mixed = stage.mixed_per_step
+        runs.append(TrainingRun(model, samples, stage, tokenizer, output_dir, mixed_per_step=mixed, stage=number))
+        found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not stages[-1])
+        done = len(history)
+        history += [{**row, "step": done + row["step"]} for row in found]
     model.state.warning = None
-    if output_dir is not None and run.accelerator.is_main_process:
+    accelerator = runs[-1].accelerator
+    if output_dir is not None and accelerator.is_main_process:
         model.save_pretrained(output_dir)
-        run.forget_checkpoint()
-    run.accelerator.wait_for_everyone()  # so that every process finds what the main one wrote
+        for run in runs:
+            run.forget_checkpoint()
+    accelerator.wait_for_everyone()  # so that every process finds what the main one wrote
     return history
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: n for n, name in enumerate(names)}
 
 
 @torch.no_grad()
@@ -92,7 +104,7 @@ class _GateTrainer:
         self.totals = torch.zeros(3, device=run.device)  # of a step: both losses and the gates' accuracy
         self.passes = Passes(run, None, self._pass)
 
-    def train(self) -> list[dict]:
+    def train(self, *, keep: bool) -> list[dict]:
         config, model, run = self.config, self.model, self.run
         optimizer = torch.optim.AdamW(self.gates, lr=config.learning_rate, weight_decay=config.weight_decay)
         recomputed = config.objective == "joint" and config.gradient_checkpointing
@@ -104,7 +116,7 @@ class _GateTrainer:
             training_passes(model, run, "train_gates", self._pass, wanted=not recomputed) as self.passes,
             compiled_layers(model, compiled and not self.passes.recorded),
         ):
-            return run.loop(optimizer, self.gates, self._step, name="gates")
+            return run.loop(optimizer, self.gates, self._step, name=f"gates, {config.objective}", keep=keep)
 
     def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
         config, run = self.config, self.run

@@ -24,7 +24,7 @@ from meteora.batches import IGNORE, Batch, Sample, Texts, balanced_steps, by_len
 from meteora.config import TrainingConfig
 from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel
-from meteora.sharding import shard_base_model, wants_sharding
+from meteora.sharding import is_sharded, shard_base_model, wants_sharding
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -43,6 +43,7 @@ class TrainingRun:
         held_out: likewise, what the run is evaluated on.
         mixed_per_step: samples of several tasks in a step, see `batches.balanced_steps`.
         output_dir: an interrupted run with the same arguments goes on from the state it left beside that directory.
+        stage: the number of this run among those that write to ``output_dir`` together.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TrainingRun:
         *,
         held_out: Mapping[int, Sequence[Sample]] | None = None,
         mixed_per_step: int | None = None,
+        stage: int = 0,
     ) -> None:
         self.accelerator = Accelerator()
         self.device = self.accelerator.device
@@ -63,17 +65,19 @@ class TrainingRun:
         self.mixed_per_step = mixed_per_step
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         most = max(len(samples) for samples in groups.values())
-        self.steps = config.max_steps or max(1, math.ceil(config.epochs * most / config.samples_per_step))
+        self.steps = config.steps(most)
         parts = (*groups.values(), *(held_out or {}).values())
         self.longest = max(len(sample.ids) for samples in parts for sample in samples)
         self._checkpoint = None
         if output_dir is not None:
             output_dir = Path(output_dir)
             output_dir.parent.mkdir(parents=True, exist_ok=True)
-            self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished.pt")
+            self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished{stage or ''}.pt")
         self._identity = _identity(config, [groups, held_out or {}], model)
         self._sharded = wants_sharding(self.accelerator)
-        if self._sharded:
+        if is_sharded(model.base_model):
+            pass  # by an earlier stage
+        elif self._sharded:
             shard_base_model(model, self.accelerator)
         elif not getattr(model.base_model, "hf_device_map", None):
             model.to(self.device)
@@ -87,13 +91,15 @@ class TrainingRun:
         name: str,
         after_step: Callable[[int], list[dict]] = lambda step: [],
         extra: dict[str, Tensor] | None = None,
+        keep: bool = False,
     ) -> list[dict]:
         """Call ``step(batches, samples)``, which adds to the gradients and returns a row of the history, once a step.
 
         The gradients of ``parameters`` are tensors that stay where they are, as recorded passes need it; they are zero
         when a step begins.
 
-        ``after_step`` may add rows; ``extra`` are further tensors, changed in place, that a resumed run needs.
+        ``after_step`` may add rows; ``extra`` are further tensors, changed in place, that a resumed run needs. With
+        ``keep`` the end is kept as well, for a stage that comes after.
         """
         config = self.config
         scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * self.steps), self.steps)
@@ -118,6 +124,8 @@ class TrainingRun:
             if time.monotonic() - last_save > SECONDS_BETWEEN_CHECKPOINTS:
                 self._save(number, optimizer, scheduler, parameters, extra or {}, history)
                 last_save = time.monotonic()
+        if keep and first < self.steps:
+            self._save(self.steps, optimizer, scheduler, parameters, extra or {}, history)
         return history
 
     def sum_over_processes(self, parameters: Sequence[nn.Parameter], totals: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from meteora.study import figures_ablations as figures
 from meteora.study.ablation_studies import STUDIES, run_studies
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
 from meteora.study.ablations_formats import training_data
-from meteora.study.ablations_gates import _trained_gates, nested_tasks
+from meteora.study.ablations_gates import nested_tasks
 from meteora.study.ablations_routing import deciding_alone
 from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
 from meteora.study.ablations_tasks import SHRINKAGE, only_rows_trained, set_row
@@ -145,15 +145,27 @@ def test_trained_gates_are_kept_by_name_and_recipe(ablations, monkeypatch):
             ablations.trained("mine", ablations.model_with(ablations.tasks[:2]), dataclasses.replace(config, seed=9))
 
 
-def test_gates_that_come_after_others_go_on_from_them(ablations, whole, monkeypatch):
-    monkeypatch.setattr(core, "train_gates", None)  # all are kept, as the study ran
-    first, then = (_trained_gates(ablations, name).model for name in ("joint", "joint, then gate"))
+def test_what_comes_first_is_trained_once_for_all_that_begin_alike(ablations, whole, monkeypatch):
     assert set(of(whole, study="gates")["variant"]) == {"joint", "joint, then gate"}
+    config = ablations.profile.gate_config(**ablations.settings.gates["joint, then gate"])
+    other = dataclasses.replace(config, learning_rate=0.003)
+    trained = []
+
+    def counted(model, dataset, config, **options):
+        trained.append((config.objective, config.learning_rate, config.first))
+        return train_gates(model, dataset, config, **options)
+
+    monkeypatch.setattr(core, "train_gates", counted)
+    kept = ablations.trained("gates joint, then gate", ablations.model_with(ablations.tasks), config)
+    assert not trained, "as the study ran"
+    found = ablations.trained("mine", ablations.model_with(ablations.tasks), other)
+    assert trained == [("gate", 0.003, None)]
+    both = ablations.model_with(ablations.tasks)
     dataset = gate_examples(ablations.examples("train"), ablations.profile.data.transcripts, seed=ablations.profile.seed)
-    config = ablations.profile.gate_config(objective="gate", max_steps=2)
-    train_gates(first, dataset, config, tokenizer=ablations.study.tokenizer)
-    for name, layer in first.layers.items():
-        assert torch.allclose(then.layers[name].gate.weight, layer.gate.weight, atol=1e-6)
+    train_gates(both, dataset, config, tokenizer=ablations.study.tokenizer)
+    for name, layer in both.layers.items():
+        assert torch.equal(kept.model.layers[name].gate.weight, layer.gate.weight)
+    assert kept.seconds > 0 and found.seconds > 0 and kept.peak_bytes is None
 
 
 def test_studies_run_without_a_notebook_until_the_time_is_up(workspace, ablations, whole, caplog, monkeypatch):

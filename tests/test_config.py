@@ -26,6 +26,7 @@ def test_defaults_are_the_documented_ones():
         (GateTrainingConfig, {"objective": "both"}, "unknown objective 'both'; choose one of joint, gate"),
         (GateTrainingConfig, {"balance": "task"}, "unknown balance 'task'; choose one of token, turn"),
         (GateTrainingConfig, {"mixed_per_step": 0}, "mixed_per_step must be a whole number of at least 1, not 0"),
+        (GateTrainingConfig, {"first": {"max_steps": 3}}, "first must be another GateTrainingConfig or None"),
         (GateTrainingConfig, {"epochs": math.inf}, "epochs must be"),
         (GateTrainingConfig, {"epochs": math.nan}, "epochs must be"),
         (GateTrainingConfig, {"max_steps": 0}, "max_steps must be"),

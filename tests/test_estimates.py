@@ -62,10 +62,13 @@ def test_every_phase_of_the_papers_profiles_fits_the_gpu_that_they_name(name):
     assert max(found.values()) < 0.8 * profile.needs.gpu_memory_gb * 1e9
     weights = 2 * parameters(profile.model.shape)
     assert min(found.values()) > weights
-    joint = replace(profile, gates=profile.gates | {"objective": "joint"})
-    checkpointed = replace(profile, gates=joint.gates | {"gradient_checkpointing": True})
-    phases = [gpu_bytes(p)["training gates"] for p in (profile, checkpointed, joint)]
+    gate = replace(profile, gates=profile.gates | {"objective": "gate", "first": None})
+    assert profile.gate_config().gradient_checkpointing
+    joint = replace(profile, gates=profile.gates | {"gradient_checkpointing": False})
+    phases = [gpu_bytes(p)["training gates"] for p in (gate, profile, joint)]
     assert phases == sorted(phases) and phases[0] < phases[2]
+    other = replace(profile, gates=gate.gates | {"first": {**profile.gates, "first": None}})
+    assert gpu_bytes(other)["training gates"] == phases[1], "the stage that takes most"
 
 
 def test_a_profile_without_a_shape_is_not_reckoned():

@@ -70,8 +70,10 @@ def test_tokens_of_a_training(model, core, examples):
     rows = [row for task in TASKS for row in examples[task]]
     config = GateTrainingConfig(objective="gate", max_steps=3, samples_per_step=6)  # all six of a task, in every step
     history = train_gates(model, rows, config, tokenizer=core.Tokenizer())
-    tokens = training_tokens(model, core.Tokenizer(), rows, config, len(history))
-    assert tokens == 3 * sum(len(row["prompt"]) + len(row["response"]) + 2 for row in rows)
+    each = sum(len(row["prompt"]) + len(row["response"]) + 2 for row in rows)
+    assert training_tokens(model, core.Tokenizer(), rows, config) == 3 * each and len(history) == 3
+    epochs = GateTrainingConfig(epochs=2.0, samples_per_step=6, first=config)
+    assert training_tokens(model, core.Tokenizer(), rows, epochs) == 5 * each
 
 
 def test_figures(model, core, examples):

@@ -101,7 +101,9 @@ def test_smollm2_holds_what_the_record_needs() -> None:
         assert section.config() == profile.adapters.config(), "trained alike"
     everything = {f.name: getattr(profile.ablations, f.name) for f in dataclasses.fields(profile.ablations)}
     assert all(everything.values()), "no study is left out"
-    assert {options.get("objective", "gate") for options in profile.ablations.gates.values()} == {"gate", "joint"}
+    trainings = [profile.gate_config(**options) for options in profile.ablations.gates.values()]
+    assert trainings[0] == profile.gate_config() and {config.objective for config in trainings} == {"gate", "joint"}
+    assert [stage.objective for stage in profile.gate_config().stages()] == ["gate", "joint"]
     assert max(profile.ablations.speed.adapters) == 256
     assert load_profile("laptop").ablations is None
 
@@ -207,7 +209,7 @@ def test_the_training_options_reach_the_configs(write) -> None:
         ({"ablations__held_out": ["toy_echo", "toy_parity"]}, r"ablations\.held_out must leave two tasks"),
         ({"ablations__foreign": ["toy_echo"]}, r"ablations\.foreign must name tasks that are none of the profile's"),
         ({"ablations__gates": {"mine": {"beeta": 1}}}, r"gates has no option 'beeta'"),
-        ({"ablations__gates": {"mine": {"after": "joint"}}}, r"gates\.mine comes after 'joint', which is no variant above"),
+        ({"gates__first": {"beeta": 1}}, r"gates\.first has no option 'beeta'"),
         ({"ablations__composite_methods": ["magic"]}, r"ablations\.composite_methods has no choice 'magic'"),
         ({"ablations__speed": {"adapters": [], "batch": [1], "tokens": [1]}}, r"adapters must name at least one"),
     ],

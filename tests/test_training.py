@@ -231,6 +231,45 @@ def test_an_interrupted_run_goes_on_where_it_was(core, make, tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
 
 
+def test_a_second_stage_goes_on_with_the_firsts_gates(core, make):
+    first = GateTrainingConfig(objective="gate", max_steps=2, samples_per_step=2, learning_rate=0.1)
+    both, one_by_one = make(), make()
+    history = run(both, core, first=first)
+    alone = train_gates(one_by_one, core.rows(), first, tokenizer=core.Tokenizer())
+    then = run(one_by_one, core)
+    assert json.dumps(history) == json.dumps(alone + [{**row, "step": 2 + row["step"]} for row in then])
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5]
+    for name, gate in gates(both).items():
+        assert torch.equal(gates(one_by_one)[name], gate)
+
+
+def test_an_interrupted_second_stage_does_not_repeat_the_first(core, make, tmp_path, monkeypatch):
+    first = GateTrainingConfig(objective="gate", max_steps=2, samples_per_step=2, learning_rate=0.1)
+    whole, again = make(), make()
+    expected = run(whole, core, first=first)
+    real, steps = torch.optim.AdamW.step, []
+
+    class Interrupted(Exception):
+        pass
+
+    def step(self, *args, **kwargs):
+        steps.append(self)
+        if len(steps) == 4:  # the second of the second stage
+            raise Interrupted
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(Interrupted):
+        run(make(), core, tmp_path / "cut", first=first)
+    assert [p.name for p in tmp_path.iterdir()] == [".cut.unfinished.pt"]
+    history = run(again, core, tmp_path / "cut", first=first)
+    assert len(steps) == 4 + 3, "all of the second stage, whose state was not kept yet, and none of the first"
+    assert json.dumps(history) == json.dumps(expected)
+    for name, gate in gates(whole).items():
+        assert torch.equal(gates(again)[name], gate)
+    assert [p.name for p in tmp_path.iterdir()] == ["cut"]
+
+
 def test_a_run_with_other_arguments_starts_anew(core, make, tmp_path, monkeypatch):
     monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     monkeypatch.setattr(training_loop.TrainingRun, "forget_checkpoint", lambda self: None)

@@ -72,8 +72,7 @@ class AblationSettings:
         added_task: is left out of a model, whose gates are trained, and then added in several ways.
         added_steps: of the training of the added task's gate rows alone.
         modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
-        gates: name -> options that replace those of the profile's ``gates``: trainings that are compared. One that
-            has ``after``, the name of another above it, goes on with that one's gates.
+        gates: name -> options that replace those of the profile's ``gates``: trainings that are compared.
         prompts: gates trained on so many examples of each task alone.
         held_out: tasks left out of a model that then meets their prompts.
         foreign: tasks that are none of the profile's, met by the whole model.
@@ -109,9 +108,6 @@ class AblationSettings:
         at_least(0, shots=min(self.shots, default=0), seeds=min(self.seeds, default=0))
         for task in self.foreign:
             get_task(task)
-        for n, (name, options) in enumerate(self.gates.items()):
-            if "after" in options and options["after"] not in list(self.gates)[:n]:
-                raise ValueError(f"gates.{name} comes after {options['after']!r}, which is no variant above it")
         for value in self.temperatures:
             if value <= 0:
                 raise ValueError(f"temperatures must be positive, not {value!r}")

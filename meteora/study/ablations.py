@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,12 +176,18 @@ class Ablations:
     ) -> TrainedGates:
         """Train the gates of ``model`` as notebook 02 does, or take those that an earlier call of that name left.
 
-        They go on from what they are; another beginning is another training.
+        They go on from what they are; another beginning is another training. What comes first (``config.first``) is
+        trained once for all that begin alike.
 
         Args:
             tasks: whose examples are shown; default: those of the model's adapters.
             prompts: so many examples of each task alone, also in the contexts of several tasks.
         """
+        before = None
+        if config.first is not None:
+            start = fingerprint([asdict(config.first), model.adapter_names, sorted(model.layers), tasks, prompts])
+            before = self.trained(f"first {start[:12]}", model, config.first, tasks=tasks, prompts=prompts)
+            config = replace(config, first=None)
         shown = tasks or model.adapter_names
         train = {task: load_split(self.workspace.data, task, "train")[:prompts] for task in shown}
         dataset = gate_examples(train, self.profile.data.transcripts, seed=config.seed)
@@ -195,7 +201,7 @@ class Ablations:
             for module, layer in model.layers.items():
                 layer.gate.weight.data.copy_(kept[0][module])
             model.state.warning = None
-            return TrainedGates(model, *kept[1:])
+            return _with_first(before, TrainedGates(model, *kept[1:]))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
@@ -207,7 +213,7 @@ class Ablations:
         gates = {module: layer.gate.weight.detach().cpu().contiguous() for module, layer in model.layers.items()}
         save_file(gates, path.with_suffix(".new"), metadata=facts)
         path.with_suffix(".new").replace(path)
-        return TrainedGates(model.eval(), seconds, peak)
+        return _with_first(before, TrainedGates(model.eval(), seconds, peak))
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
@@ -258,6 +264,14 @@ class Ablations:
             "samples": self.settings.samples,
             "max_new_tokens": evaluation.max_new_tokens,
         }
+
+
+def _with_first(before: TrainedGates | None, last: TrainedGates) -> TrainedGates:
+    """The last of two trainings, with the time of both and the larger peak."""
+    if before is None:
+        return last
+    peak = None if last.peak_bytes is None else max(last.peak_bytes, before.peak_bytes or 0)
+    return TrainedGates(last.model, before.seconds + last.seconds, peak)
 
 
 def row(metric: str, value: float | None, low: Any = None, high: Any = None, *, n: Any = None, **setting: Any) -> Row:

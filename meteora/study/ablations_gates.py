@@ -19,29 +19,17 @@ from meteora.study.measures import Row
 
 def gates_study(ablations: Ablations) -> Iterator[Variant]:
     """Objectives, weights, learning rates, transcripts: accuracy, also on composites, and what the training took."""
-    variants = ablations.settings.gates
-    for name, options in variants.items():
+    items = [composite_settings(ablations), ablations.settings.composite_items]
+    for name, options in ablations.settings.gates.items():
 
-        def produce(name: str = name) -> list[Row]:
-            found = _trained_gates(ablations, name)
+        def produce(name: str = name, options: Mapping[str, Any] = options) -> list[Row]:
+            config = ablations.profile.gate_config(**options)
+            found = ablations.trained(f"gates {name}", ablations.model_with(ablations.tasks), config)
             methods = methods_of(found.model, "meteora_top1", "meteora_top2")
             composites = validation_rows(ablations, methods, "gates", name)
             return _of_gates(ablations, found.model, "gates", name) + composites + _cost(found)
 
-        composites = [composite_settings(ablations), ablations.settings.composite_items]
-        settings, before = [ablations.profile.gates, options, *composites], options.get("after")
-        while before is not None:
-            settings.append(variants[before])
-            before = variants[before].get("after")
-        yield Variant(name, {"gates": settings}, produce)
-
-
-def _trained_gates(ablations: Ablations, name: str) -> TrainedGates:
-    """The gates of a variant; they begin at zero, or as those of the variant that it comes ``after``."""
-    options = dict(ablations.settings.gates[name])
-    before = options.pop("after", None)
-    model = ablations.model_with(ablations.tasks) if before is None else _trained_gates(ablations, before).model
-    return ablations.trained(f"gates {name}", model, ablations.profile.gate_config(**options))
+        yield Variant(name, {"gates": [ablations.profile.gates, options, *items]}, produce)
 
 
 def arrow_study(ablations: Ablations) -> Iterator[Variant]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,8 @@ def added_study(ablations: Ablations) -> Iterator[Variant]:
 
     def row_alone() -> list[Row]:
         model = with_zero_row()
-        config = ablations.profile.gate_config(max_steps=ablations.settings.added_steps, weight_decay=0.0)
+        first, *_ = ablations.profile.gate_config(weight_decay=0.0).stages()
+        config = dataclasses.replace(first, max_steps=ablations.settings.added_steps)
         with only_rows_trained(model, [len(others)]):
             found = ablations.trained(f"row of {added}", model, config, tasks=ablations.tasks)
         return rows(found.model, "row", found.seconds)

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meteora import MeteoraConfig
-from meteora.config import TrainingConfig
+from meteora.config import GateTrainingConfig, TrainingConfig
 from meteora.study.model_settings import DecoderShape
 from meteora.study.profiles import Profile
 from meteora.study.random_models import random_adapters, random_decoder, random_mixture
@@ -111,14 +111,7 @@ def gpu_bytes(profile: Profile) -> dict[str, int]:
             tokens = _largest_batch(settings.config())
             kept = activation_bytes(shape, tokens, adapters=adapters, rank=rank, trained="adapters")
             found[f"training {name}"] = base + adapters * one * (TRAINED + KEPT) + kept
-    config = profile.gate_config()
-    tokens = _largest_batch(config)
-    if config.objective == "gate":
-        # Nothing is kept: a block's widest results, twice, and one layer's input in float32.
-        kept = tokens * (4 * shape.intermediate_size * 2 + 4 * shape.intermediate_size)
-    else:
-        options = {"adapters": count, "rank": rank, "trained": "gates", "checkpointing": config.gradient_checkpointing}
-        kept = activation_bytes(shape, tokens, **options)
+    kept = max(_kept_by_gates(shape, stage, count, rank) for stage in profile.gate_config().stages())
     found["training gates"] = mixture + gates * (TRAINED - 4) + kept
     alone, several = profile.evaluation, profile.composite
     answers = several.max_new_tokens_per_answer * max(several.sizes)
@@ -128,6 +121,15 @@ def gpu_bytes(profile: Profile) -> dict[str, int]:
     ):
         found[name] = mixture + batch * tokens * _cache_bytes(shape) + batch * shape.vocab_size * 4
     return found
+
+
+def _kept_by_gates(shape: DecoderShape, config: GateTrainingConfig, adapters: int, rank: int) -> int:
+    tokens = _largest_batch(config)
+    if config.objective == "gate":
+        # Nothing is kept: a block's widest results, twice, and one layer's input in float32.
+        return tokens * (4 * shape.intermediate_size * 2 + 4 * shape.intermediate_size)
+    options = {"adapters": adapters, "rank": rank, "trained": "gates", "checkpointing": config.gradient_checkpointing}
+    return activation_bytes(shape, tokens, **options)
 
 
 def _largest_batch(config: TrainingConfig) -> int:

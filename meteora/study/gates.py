@@ -17,13 +17,17 @@ from meteora.study.routing import split_module
 
 
 def training_tokens(
-    model: MeteoraModel, tokenizer, dataset: Sequence[Mapping], config: GateTrainingConfig, steps: int
+    model: MeteoraModel, tokenizer, dataset: Sequence[Mapping], config: GateTrainingConfig
 ) -> int:
-    """How many tokens ``train_gates`` shows the gates in ``steps`` steps, prompts included and pads left out."""
+    """How many tokens ``train_gates`` shows the gates, prompts included and pads left out."""
     ids = {name: n for n, name in enumerate(model.adapter_names)}
-    groups = by_task(encode(dataset, ids, tokenizer, config.max_length))
-    drawn = balanced_steps(groups, config.samples_per_step, steps, config.seed, config.mixed_per_step)
-    return sum(len(sample.ids) for samples in drawn for sample in samples)
+    total = 0
+    for stage in config.stages():
+        groups = by_task(encode(dataset, ids, tokenizer, stage.max_length))
+        steps = stage.steps(max(map(len, groups.values())))
+        drawn = balanced_steps(groups, stage.samples_per_step, steps, stage.seed, stage.mixed_per_step)
+        total += sum(len(sample.ids) for samples in drawn for sample in samples)
+    return total
 
 
 class GateAccuracy(NamedTuple):

@@ -328,8 +328,15 @@ class Profile:
     cache: str | None = None
 
     def gate_config(self, **changes: Any) -> GateTrainingConfig:
-        """How the gates are trained: the fields of ``gates``, with the profile's seed unless they have one."""
-        return training_config(GateTrainingConfig, "gates", {**self.gates, **changes}, seed=self.seed)
+        """How the gates are trained: the fields of ``gates``, with the profile's seed unless they have one.
+
+        What ``gates.first`` does not say is as in ``gates``.
+        """
+        options = {**self.gates, **changes}
+        first = options.pop("first", None)
+        if first is not None:
+            options["first"] = training_config(GateTrainingConfig, "gates.first", {**options, **first}, seed=self.seed)
+        return training_config(GateTrainingConfig, "gates", options, seed=self.seed)
 
     def xlora_config(self) -> TrainingConfig:
         """How X-LoRA's classifier is trained: as the gates, at a learning rate of its own, and with ``xlora``."""
@@ -364,7 +371,7 @@ class Profile:
         if settings is None:
             return
         for options in settings.gates.values():
-            self.gate_config(**{key: value for key, value in options.items() if key != "after"})
+            self.gate_config(**options)
         one_of(METHODS, **{"ablations.composite_methods": settings.composite_methods})
         some = tuple(task for task in (settings.added_task,) if task)
         one_of(self.tasks, **{"ablations.added_task": some, "ablations.held_out": settings.held_out})
