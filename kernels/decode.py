@@ -2,9 +2,13 @@
 
 A matrix unit would be mostly idle: each program sums one token's partial products, routes it and multiplies its own few
 rows of B on ordinary cores. Routing is computed again by every program, which costs less than one more kernel.
+
+One launch does for several layers of one input ("siblings"), whose outputs lie apart: a program belongs to one layer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -21,7 +25,7 @@ MOST_OUTPUTS = 2**14  # tokens * out: beyond it B is read too often
 
 
 def fits(tokens: int, out_features: int, columns: int) -> bool:
-    """Whether this kernel is the fast one (measured on an H100)."""
+    """Whether this kernel is the fast one (measured on an H100); ``out_features`` of the widest sibling."""
     return columns <= MOST_COLUMNS and tokens <= 8 and tokens * out_features <= MOST_OUTPUTS
 
 
@@ -37,12 +41,22 @@ def decode_ref(
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _decode(
-    y_ptr, p_ptr, b_ptr, owner_ptr, T, OUT, R, N, C, splits, y_stride, b_stride, inverse_temperature,
-    TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
+    ys, bs, outs, y_strides, b_strides, p_ptr, owner_ptr, T, R, N, C, splits, inverse_temperature,
+    SIBLINGS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
     BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
+    y_ptr, b_ptr, OUT, y_stride, b_stride = ys[0], bs[0], outs[0], y_strides[0], b_strides[0]
+    for i in tl.static_range(1, SIBLINGS):
+        before = tl.cdiv(OUT, BO)
+        later = tile >= before
+        tile = tl.where(later, tile - before, tile)
+        p_ptr = tl.where(later, p_ptr + C, p_ptr)
+        y_ptr, b_ptr = tl.where(later, ys[i], y_ptr), tl.where(later, bs[i], b_ptr)
+        OUT = tl.where(later, outs[i], OUT)
+        y_stride, b_stride = tl.where(later, y_strides[i], y_stride), tl.where(later, b_strides[i], b_stride)
     token = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BO + tl.arange(0, BO)
+    column = tile * BO + tl.arange(0, BO)
     c = tl.arange(0, BR)
     n = tl.arange(0, BN)
     split = tl.arange(0, BS)
@@ -54,7 +68,7 @@ def _decode(
     y = tl.load(y_ptr + token * y_stride + column, mask=column < OUT, other=0.0).to(tl.float32)
     if OVERLAP:
         gdc_wait()
-    row = p_ptr + (split * T + token)[:, None] * C
+    row = p_ptr + (split * T + token)[:, None] * SIBLINGS * C
     there = (split < splits)[:, None]
     parts = tl.zeros((BS, BN), tl.float32)
     for part in tl.static_range(PARTS):
@@ -76,21 +90,24 @@ def _decode(
 
 
 def decode(
-    y: Tensor, products: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
-) -> Tensor:  # fmt: skip
-    """Route ``products`` as :func:`meteora.kernels.route.route` does, and add their expansion into y (T, out).
+    ys: Sequence[Tensor], products: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int,
+    top_k: int, temperature: float = 1.0, *, absolute: bool = False,
+) -> None:  # fmt: skip
+    """Route ``products`` as :func:`meteora.kernels.route.route` does, and add their expansion into the outputs.
 
-    B (out, R), R at most :data:`MOST_COLUMNS`.
+    Args:
+        ys: n outputs (T, out), their last dimensions dense.
+        products: (splits, T * n, C), a token's n siblings in a row.
+        Bs: n times (out, R), R at most :data:`MOST_COLUMNS`.
     """
-    splits, T, C = products.shape
-    OUT, R = B.shape
+    n = len(ys)
+    splits, rows, C = products.shape
+    R = Bs[0].shape[1]
+    outs = tuple(B.shape[0] for B in Bs)
     BO = 16
-    _decode[(cdiv(OUT, BO), T)](
-        y, products, B, column_adapter, T, OUT, R, num_adapters, C, splits, y.stride(0), B.stride(0), 1 / temperature,
-        TOP_K=top_k, PARTS=gate_parts(B.dtype), ABSOLUTE=absolute, BO=BO, BR=block(R, MOST_COLUMNS),
-        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), num_warps=1, **overlap_options(y),
+    _decode[(sum(cdiv(out, BO) for out in outs), rows // n)](
+        tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
+        products, column_adapter, rows // n, R, num_adapters, C, splits, 1 / temperature,
+        SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, BO=BO, BR=block(R, MOST_COLUMNS),
+        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), num_warps=1, **overlap_options(products),
     )  # fmt: skip
-    return y
-
-

@@ -2,9 +2,13 @@
 
 With R in the hundreds this is memory-bound on y, so a program's tile is small and wide enough that several are in
 flight on a multiprocessor, one loading while another writes.
+
+One launch does for several layers of one input ("siblings"), whose outputs lie apart: a program belongs to one layer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -24,13 +28,24 @@ def expand_ref(y: Tensor, s: Tensor, B: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["T"])
 def _expand(
-    y_ptr, out_ptr, s_ptr, b_ptr, T, OUT, R, y_stride, out_stride, s_stride, b_stride,
+    ys, results, bs, outs, y_strides, out_strides, b_strides, s_ptr, T, R, s_stride, SIBLINGS: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    program, tiles_t = tl.program_id(0), tl.cdiv(T, BT)
+    y_ptr, out_ptr, b_ptr, OUT = ys[0], results[0], bs[0], outs[0]
+    y_stride, out_stride, b_stride = y_strides[0], out_strides[0], b_strides[0]
+    for i in tl.static_range(1, SIBLINGS):
+        before = tiles_t * tl.cdiv(OUT, BO)
+        later = program >= before
+        program = tl.where(later, program - before, program)
+        s_ptr = tl.where(later, s_ptr + s_stride, s_ptr)
+        y_ptr, out_ptr = tl.where(later, ys[i], y_ptr), tl.where(later, results[i], out_ptr)
+        b_ptr, OUT = tl.where(later, bs[i], b_ptr), tl.where(later, outs[i], OUT)
+        y_stride, out_stride = tl.where(later, y_strides[i], y_stride), tl.where(later, out_strides[i], out_stride)
+        b_stride = tl.where(later, b_strides[i], b_stride)
     # Neighbouring programs share a group of rows of s and a block of B while these are in the cache.
-    tiles_t, tiles_o = tl.cdiv(T, BT), tl.cdiv(OUT, BO)
-    program = tl.program_id(0)
+    tiles_o = tl.cdiv(OUT, BO)
     group = program // (GROUP * tiles_o)
     rows = tl.minimum(tiles_t - group * GROUP, GROUP)
     inner = program % (GROUP * tiles_o)
@@ -39,7 +54,7 @@ def _expand(
     r = tl.arange(0, BR)
     inside = (token < T)[:, None] & (column < OUT)[None, :]
     y = y_ptr + token[:, None] * y_stride + column[None, :]
-    s = s_ptr + token[:, None] * s_stride + r[None, :]
+    s = s_ptr + token[:, None] * SIBLINGS * s_stride + r[None, :]
     b = b_ptr + column.to(tl.int64)[None, :] * b_stride + r[:, None]
     # y and B were there before the kernels of this layer began, so they may be read before those have ended.
     if EARLY:
@@ -61,22 +76,32 @@ def _expand(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def expand(y: Tensor, s: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """Write y (T, out) + s (T, >= R) @ B (out, R)^T to ``out`` (T, out), which may be y. Last dimensions are dense."""
-    T, OUT = y.shape
-    R = B.shape[1]
-    if out is y and y.is_cuda and T > FEW_TOKENS:
-        return y.addmm_(s[:, :R], B.t())
+def expand(
+    ys: Sequence[Tensor], s: Tensor, Bs: Sequence[Tensor], results: Sequence[Tensor] | None = None
+) -> None:
+    """Write y + s B^T of each of n siblings to its result, by default y itself.
+
+    Args:
+        ys, results: n times (T, out).  Bs: n times (out, R).
+        s: (T * n, >= R), a token's n siblings in a row.  Last dimensions are dense.
+    """
+    n, T, R = len(ys), ys[0].shape[0], Bs[0].shape[1]
+    outs = tuple(B.shape[0] for B in Bs)
+    if results is None and s.is_cuda and T > FEW_TOKENS:
+        for i, (y, B) in enumerate(zip(ys, Bs, strict=True)):
+            y.addmm_(s[i::n, :R], B.t())
+        return
     if T <= 16:
         BT, BO, BR, group, warps, stages, early = 16, 32, 128, 1, 4, 2, True
-    elif cdiv(T, 64) * cdiv(OUT, 128) < FEW_TILES:
+    elif cdiv(T, 64) * cdiv(max(outs), 128) < FEW_TILES:
         BT, BO, BR, group, warps, stages, early = 64, 64, 64, 8, 4, 3, False
     else:
         BT, BO, BR, group, warps, stages, early = 64, 128, 32, 8, 4, 4, False
-    if B.element_size() == 4:  # float32 tiles take twice the shared memory
+    if s.element_size() == 4:  # float32 tiles take twice the shared memory
         BO, stages = min(BO, 64), 2
-    _expand[(cdiv(T, BT) * cdiv(OUT, BO),)](
-        y, out, s, B, T, OUT, R, y.stride(0), out.stride(0), s.stride(0), B.stride(0),
-        BT, BO, BR, group, early, num_warps=warps, num_stages=stages, **overlap_options(y),
+    results = results or ys
+    _expand[(cdiv(T, BT) * sum(cdiv(out, BO) for out in outs),)](
+        tuple(ys), tuple(results), tuple(Bs), outs, *(tuple(t.stride(0) for t in ts) for ts in (ys, results, Bs)),
+        s, T, R, s.stride(0), n,
+        BT, BO, BR, group, early, num_warps=warps, num_stages=stages, **overlap_options(s),
     )  # fmt: skip
-    return out

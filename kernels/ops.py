@@ -6,6 +6,8 @@ that is given. Each exists twice: functional, with gradients, and in place (``*_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,13 +61,47 @@ def _gated_mix_inplace(
     if found is not None:
         grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
         return
-    products = shrink(x, packed)
-    if decode.fits(*y.shape, column_adapter.shape[0]):
-        decode.decode(y, products, B, column_adapter, num_adapters, top_k, temperature, absolute=absolute)
+    options = {"absolute": absolute}
+    chosen = choose_siblings(x, packed, [B], column_adapter, num_adapters, top_k, temperature, **options)
+    add_siblings([y], chosen, [B], column_adapter, num_adapters, top_k, temperature, **options)
+
+
+def choose_siblings(
+    x: Tensor, packed: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int, top_k: int,
+    temperature: float = 1.0, *, absolute: bool = False,
+) -> Tensor:  # fmt: skip
+    """What n layers that get one input need of it: all of the mixture that is done before their outputs are there.
+
+    Args:
+        x: (T, in), T > 0, dense rows.  packed: (n * C, in), the layers' packed weights one below the other.
+        Bs: n times (out, R).  column_adapter: (R,), R > 0, the same one in all layers.
+
+    Returns:
+        What :func:`add_siblings` takes: (splits, T * n, C) float32 products for `decode`, or s (T * n, R').
+    """
+    n = len(Bs)
+    products = shrink(x, packed, n)
+    products = products.view(len(products), -1, len(packed) // n)  # to `route` a token's siblings are tokens in a row
+    if _decoded(x, Bs):
+        return products
+    options = {"absolute": absolute, "dtype": x.dtype}
+    return route(products, column_adapter, num_adapters, top_k, temperature, **options)[0]
+
+
+def add_siblings(
+    ys: Sequence[Tensor], chosen: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int,
+    top_k: int, temperature: float = 1.0, *, absolute: bool = False,
+) -> None:  # fmt: skip
+    """Add the mixtures into the layers' outputs, n times (T, out), after :func:`choose_siblings`."""
+    if _decoded(ys[0], Bs):
+        decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, absolute=absolute)
     else:
-        options = {"absolute": absolute, "dtype": B.dtype}
-        s = route(products, column_adapter, num_adapters, top_k, temperature, **options)[0]
-        expand(y, s, B, y)
+        expand(ys, chosen, Bs)
+
+
+def _decoded(tokens: Tensor, Bs: Sequence[Tensor]) -> bool:
+    """Whether `decode` is the way for (T, ...) tokens: it is if it is the widest layer's."""
+    return decode.fits(len(tokens), max(len(B) for B in Bs), Bs[0].shape[1])
 
 
 def _mix_inplace(
@@ -78,7 +114,7 @@ def _mix_inplace(
     if found is not None:
         grouped.given(y, x, A, B, found, indices, weights)
         return
-    expand(y, mask(shrink(x, A), column_adapter, indices, weights, dtype=B.dtype)[0], B, y)
+    expand([y], mask(shrink(x, A), column_adapter, indices, weights, dtype=B.dtype)[0], [B])
 
 
 gated_mix_op_ = torch.library.custom_op("meteora::gated_mix_", _gated_mix_inplace, mutates_args=("y",))
@@ -132,7 +168,8 @@ def gated_mix(
         return out, y.new_empty(0, padded(R)), y.new_empty(0, top_k, dtype=torch.int32), y.new_empty(0, top_k).float()
     products = shrink(_dense_rows(x), packed)
     s, *kept = route(products, column_adapter, len(gate), top_k, temperature, dtype=B.dtype, keep=True)
-    return expand(y, s, B, out), *kept
+    expand([y], s, [B], [out])
+    return out, *kept
 
 
 @gated_mix.register_fake
@@ -159,7 +196,8 @@ def mix(
         out.copy_(y)
         return out, y.new_empty(0, padded(len(column_adapter)))
     s, raw = mask(shrink(_dense_rows(x), A), column_adapter, indices, weights, dtype=B.dtype, keep=True)
-    return expand(y, s, B, out), raw
+    expand([y], s, [B], [out])
+    return out, raw
 
 
 @mix.register_fake

@@ -61,14 +61,16 @@ def _product(x: Tensor, W: Tensor) -> Tensor:
     return torch.mm(x, W.t(), out_dtype=torch.float32).unsqueeze(0)
 
 
-def shrink(x: Tensor, W: Tensor) -> Tensor:
+def shrink(x: Tensor, W: Tensor, layers: int = 1) -> Tensor:
     """x (T, in), W (C, in) of one dtype -> partial sums (splits, T, C) float32, whose sum over splits is x @ W^T.
 
-    Their last dimensions are dense; x may be strided in T.
+    Their last dimensions are dense; x may be strided in T. W may be that of several layers alike: it is then cut as for
+    one of them, so that the sums of few tokens are, to the bit, those that each layer would get for itself.
     """
     T, K = x.shape
     C = W.shape[0]
-    narrow = C <= NARROW and x.element_size() == 2
+    each = C // layers
+    narrow = each <= NARROW and x.element_size() == 2
     if T > FEW_TOKENS and not narrow:
         return _product(x, W)
     if T <= 16:
@@ -77,7 +79,7 @@ def shrink(x: Tensor, W: Tensor) -> Tensor:
         BT, BC, BK, warps, stages, least = 16, 32, 128, 4, 4, 512
     else:
         BT, BC, BK, warps, stages, least = 64, 64, 128, 4, 3, 512
-    tiles = cdiv(T, BT) * cdiv(C, BC)
+    tiles = cdiv(T, BT) * cdiv(each, BC)
     # Each split reads ``least`` inner columns or more, so that its sums are worth their writing and reading.
     wanted = cdiv(PROGRAMS, tiles) if T <= FEW_TOKENS else NARROW_PROGRAMS // tiles
     piece, splits = cut(K, max(1, min(16, wanted, K // least)), BK)

@@ -136,6 +136,61 @@ def test_any_shape(tokens, features, out, ranks, data, temperature, shuffle, abs
     close(result, expected)
 
 
+def siblings_of(tokens, features, outs, ranks, dtype=torch.float32, seed=0, shuffle=False):
+    """ys, x, As, Bs, gates and column_adapter of layers that get one input."""
+    found = [problem(tokens, features, out, ranks, dtype, seed + n, shuffle) for n, out in enumerate(outs)]
+    ys, _, As, Bs, gates, _ = zip(*found, strict=True)
+    owner = problem(0, 1, 1, ranks, seed=seed, shuffle=shuffle)[-1]
+    return ys, found[0][1], As, Bs, gates, owner
+
+
+def check_siblings(operands, k, temperature, dtype, *, absolute=False):
+    """As the reference, and, where the same kernels compute it, to the bit what each layer gets for itself."""
+    ys, x, As, Bs, gates, owner = operands
+    N, options = len(gates[0]), {"absolute": absolute}
+    packs, expected, alone = [pack(*each) for each in zip(As, gates, strict=True)], [], []
+    for y, A, B, gate, packed in zip(ys, As, Bs, gates, packs, strict=True):
+        exact = [t.float() for t in (y, x, A, B)]
+        expected.append(ops.gated_mix_ref(*exact, gate, owner, k, temperature, **options))
+        alone.append(ops.gated_mix_(y.clone(), x, packed, B, owner, N, k, temperature, **options))
+    chosen = ops.choose_siblings(x, torch.cat(packs), Bs, owner, N, k, temperature, **options)
+    ops.add_siblings(ys, chosen, Bs, owner, N, k, temperature, **options)
+    few = len(x) <= shrink.FEW_TOKENS
+    same = few and len({decode.fits(*y.shape, len(owner)) for y in ys}) == 1
+    for y, reference, result in zip(ys, expected, alone, strict=True):
+        close(y, reference, dtype)
+        assert torch.equal(y, result) or not same
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, features, outs, ranks, k",
+    [
+        (1, 48, (40, 17, 33), [8] * 4, 2),
+        (3, 1100, (64, 64), [8] * 28, 2),  # sums in several pieces, C no multiple of a tile's columns
+        (4, 40, (4097, 16, 1), [1, 0, 7], 2),  # `decode` for the narrow ones alone
+        (17, 700, (1, 130, 65), [5, 0, 12], 3),
+        (64, 64, (70,), [8] * 9, 1),
+        (130, 64, (72, 16, 16), [16, 8, 4], 2),
+        (90, 300, (40, 24), [1] * 20, 20),
+    ],
+)
+def test_siblings(tokens, features, outs, ranks, k, dtype):
+    check_siblings(siblings_of(tokens, features, outs, ranks, dtype), k, 1.5, dtype)
+
+
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    st.lists(st.integers(0, 20), min_size=1, max_size=12).filter(any), st.data(), st.floats(0.2, 20), st.booleans(),
+    st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_siblings_of_any_shape(tokens, features, outs, ranks, data, temperature, shuffle, absolute, seed):
+    k = data.draw(st.integers(1, len(ranks)))
+    operands = siblings_of(tokens, features, outs, ranks, seed=seed, shuffle=shuffle)
+    check_siblings(operands, k, temperature, torch.float32, absolute=absolute)
+
+
 @pytest.mark.parametrize(
     "tokens, features, columns", [(1, 33, 20), (16, 512, 48), (17, 700, 40), (130, 96, 70), (90, 1100, 50)]
 )
@@ -181,7 +236,9 @@ def test_route_and_its_way_back(splits, parts):
 def test_expand(tokens, out, R, dtype):
     y, s = torch.randn(tokens, out, device=DEVICE).to(dtype), torch.randn(tokens, padded(R), device=DEVICE).to(dtype)
     B = torch.randn(out, R, device=DEVICE).to(dtype)
-    close(expand.expand(y, s, B, torch.empty_like(y)), expand.expand_ref(y, s[:, :R], B), dtype)
+    result, expected = torch.empty_like(y), expand.expand_ref(y, s[:, :R], B)
+    expand.expand([y], s, [B], [result])
+    close(result, expected, dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 5])
@@ -192,7 +249,8 @@ def test_decode(splits, dtype):
     packed = pack(A, gate)
     products = torch.randn(splits, 3, len(packed), device=DEVICE)
     expected = decode.decode_ref(y, products, B, owner, len(ranks), 2, 2.0)
-    close(decode.decode(y, products, B, owner, len(ranks), 2, 2.0), expected, dtype)
+    decode.decode([y], products, [B], owner, len(ranks), 2, 2.0)
+    close(y, expected, dtype)
 
 
 def test_packed_gates_are_nearly_float32():
