@@ -14,6 +14,7 @@ from meteora.backends import get_gated_mix, get_mix
 from meteora.backends.own import mix_own
 from meteora.gating import Routing, forced, gate_logits, route
 from meteora.kernels.packing import pack
+from meteora.siblings import Siblings
 from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,11 @@ class MixtureState:
     warning: str | None = None  # said once, when untrained gates choose; None once they are trained
     warned: bool = False
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody but the mixture itself wants the gates' logits, or chooses in their place."""
+        return self.forced is not None or self.trace is not None or self.gate_observer is not None
+
 
 class MeteoraLinear(nn.Module):
     """A frozen linear layer, its adapters, and the gate that chooses among them for every token.
@@ -86,6 +92,8 @@ class MeteoraLinear(nn.Module):
         base_layer, gate: ``nn.Linear(in, N, bias=False)``, float32, zero until trained.
         lora_A (R, in), lora_B (out, R): all adapters' weights, R the sum of their ranks; scaling is folded into B.
         column_adapter (R,): the adapter that owns each of the R.
+        ranks: the same as (adapter, rank) pairs in their order, for whoever must not wait for a GPU.
+        siblings: the layers that get the same input, if the model found any.
     """
 
     def __init__(
@@ -110,10 +118,12 @@ class MeteoraLinear(nn.Module):
         nn.init.zeros_(self.gate.weight)
         A = [w.A.to(device, dtype) for w in adapters.values()]
         B = [(w.B.to(device, torch.float32) * w.scaling).to(dtype) for w in adapters.values()]
-        owner = [torch.full((w.rank,), n) for n, w in adapters.items()]
+        self.ranks = [(n, w.rank) for n, w in adapters.items()]
+        owner = [torch.full((rank,), n) for n, rank in self.ranks]
         self.lora_A = nn.Parameter(torch.cat(A), requires_grad=False)
         self.lora_B = nn.Parameter(torch.cat(B, dim=1), requires_grad=False)
         self.register_buffer("column_adapter", torch.cat(owner).to(device), persistent=False)
+        self.siblings: Siblings | None = None
         self._packed: Tensor | None = None
         self._packed_from: tuple | None = None
 
@@ -138,11 +148,17 @@ class MeteoraLinear(nn.Module):
         B = (weights.B.to(device, torch.float32) * weights.scaling).to(dtype)
         self.lora_A = nn.Parameter(torch.cat([self.lora_A, weights.A.to(device, dtype)]), requires_grad=False)
         self.lora_B = nn.Parameter(torch.cat([self.lora_B, B], dim=1), requires_grad=False)
+        self.ranks.append((len(grown) - 1, weights.rank))
         owner = self.column_adapter.new_full((weights.rank,), len(grown) - 1)
         self.column_adapter = torch.cat([self.column_adapter, owner])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
+        # A compiler cannot tell whether x was written to between two layers.
+        if not torch.compiler.is_compiling() and self.siblings is not None:
+            y = self.siblings.output(self, x)
+            if y is not None:
+                return y
         y = self.base_layer(x)
         state, device = self.state, y.device.type
         if not state.enabled:
@@ -158,8 +174,8 @@ class MeteoraLinear(nn.Module):
         # Autocast has done its part in choosing y's type; inside, it would mix types where y is not of its own.
         with torch.autocast(device, enabled=False):
             if gated_mix is not None:
-                self._warn_once()
-                options = {"absolute": state.absolute_logits, "packed": self._packed_weights(A)}
+                self.warn_once()
+                options = {"absolute": state.absolute_logits, "packed": self.packed_weights(A)}
                 gate, owner = self.gate.weight, self.column_adapter
                 mixed = gated_mix(flat, tokens, A, B, gate, owner, state.top_k, state.temperature, **options)
             else:
@@ -177,7 +193,7 @@ class MeteoraLinear(nn.Module):
                 state.gate_observer(self, tokens, logits)
             if routing is None:
                 if state.gate_observer is None:
-                    self._warn_once()
+                    self.warn_once()
                 routing = route(logits, state.top_k, state.temperature)
             if state.trace is not None:
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
@@ -186,11 +202,10 @@ class MeteoraLinear(nn.Module):
     def _gate_can_be_fused(self, x: Tensor, y: Tensor) -> bool:
         """Whether nobody but the mixture itself wants the gate's logits, and a fused backend takes x as it is."""
         state = self.state
-        watched = state.forced is not None or state.trace is not None or state.gate_observer is not None
         trained = state.absolute_logits and torch.is_grad_enabled()
-        return not watched and not trained and x.dtype == y.dtype
+        return not state.watched and not trained and x.dtype == y.dtype
 
-    def _packed_weights(self, A: Tensor) -> Tensor | None:
+    def packed_weights(self, A: Tensor) -> Tensor | None:
         """What a fused backend multiplies x with, kept as long as the weights stay; ``None``: to be made in each call.
 
         The kept tensor holds A's values, so ``lora_A`` becomes a view of it and nothing is stored twice.
@@ -203,19 +218,28 @@ class MeteoraLinear(nn.Module):
         if self._packed is None or self._packed_from != self._state_of(weights, A.dtype):
             # An ordinary tensor even if this call is inference alone: what lora_A becomes may be trained through later.
             with torch.inference_mode(False), torch.no_grad():
-                self._packed = pack(A, self.gate.weight)
-                if A.dtype == self.lora_A.dtype:
-                    self.lora_A.data = self._packed[: len(A)]
-            self._packed_from = self._state_of(weights, A.dtype)
+                self.hold_packed(pack(A, self.gate.weight))
         return self._packed
 
+    def hold_packed(self, packed: Tensor) -> None:
+        """Keep what was packed of the weights as they are, (C, in)."""
+        self._packed = packed
+        if packed.dtype == self.lora_A.dtype:
+            self.lora_A.data = packed[: len(self.lora_A)]
+        self._packed_from = self._state_of((self.lora_A, self.gate.weight), packed.dtype)
+
+    def state_of_weights(self) -> tuple:
+        """Differs whenever anything was replaced, moved or written to that an output is computed with."""
+        weights = (self.lora_A, self.lora_B, self.gate.weight, self.weight, self.bias)
+        return self._state_of([weight for weight in weights if weight is not None], self.lora_A.dtype)
+
     @staticmethod
-    def _state_of(weights: tuple[Tensor, ...], dtype: torch.dtype) -> tuple:
+    def _state_of(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple:
         """Differs whenever one of the weights was replaced, moved or written to."""
         versions = (0 if weight.is_inference() else weight._version for weight in weights)
         return dtype, *versions, *(weight.data_ptr() for weight in weights)
 
-    def _warn_once(self) -> None:
+    def warn_once(self) -> None:
         if self.state.warning is not None and not self.state.warned:
             logger.warning(self.state.warning)
             self.state.warned = True

@@ -29,6 +29,7 @@ from meteora.checkpoint import (
 from meteora.config import MeteoraConfig, check_temperature, check_top_k
 from meteora.files import atomic_directory
 from meteora.layer import ForcedAdapters, MeteoraLinear, MixtureState
+from meteora.siblings import link_siblings
 from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class MeteoraModel(nn.Module):
         self.layers: dict[str, MeteoraLinear] = {}
         for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
             self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
+        link_siblings(self.layers)
         self._adapters = [_without_weights(adapter) for adapter in adapters]
         self.train(self._was_training)
 
@@ -227,6 +229,7 @@ class MeteoraModel(nn.Module):
             layer.add_adapter(adapter.modules.get(module))
         for module in _in_model_order(self.base_model, set(adapter.modules) - set(self.layers)):
             self._wrap(module, {index: adapter.modules[module]})
+        link_siblings(self.layers)
         self._adapters[index] = _without_weights(adapter)
         if self.state.absolute_logits:
             set_prototypes(self.layers.values())

@@ -84,7 +84,7 @@ def test_updates_are_about_half_as_large_as_the_layers_outputs(decoders):
 @pytest.mark.parametrize("name", ["base", "single_lora", "dense"])
 def test_a_step_decodes_the_last_place_of_the_context_each_time(decoders, name):
     work = Work(Case("decode", 2, 12), decoders)
-    with torch.inference_mode():
+    with torch.no_grad():
         first, second = work.call(name)(), work.call(name)()
         assert first.shape == (2, 1, 256) and torch.equal(first, second)
         assert {int(n) for n in work._lengths} == {12}
@@ -100,13 +100,13 @@ def test_a_step_decodes_the_last_place_of_the_context_each_time(decoders, name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [Case("prefill", 2, 30), Case("decode", 3, 20)], ids=lambda case: case.mode)
 def test_right_results_pass(name, dtype, case):
-    with torch.inference_mode():
+    with torch.no_grad():
         check(Work(case, Decoders(WHOLE, dtype, CPU)), name)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs the kernels on a CPU")
 def test_so_do_the_kernels(decoders):
-    with torch.inference_mode():
+    with torch.no_grad():
         check(Work(Case("prefill", 1, 20), decoders), "triton")
 
 

@@ -6,6 +6,7 @@ Wants a GPU; with ``TRITON_INTERPRET=1`` the same kernels run, slowly, on a CPU.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -81,3 +82,36 @@ def gated_mix(
             raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")
         return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature)[0]
     return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, absolute=absolute)
+
+
+def all_columns(tokens: int, column_adapter: Tensor, top_k: int) -> bool:
+    """Whether all adapters' columns are computed for every token, as `gated_mixes` does it, or tokens are grouped."""
+    from meteora.kernels import grouped
+
+    return column_adapter.shape[0] > 0 and grouped.fits(tokens, column_adapter, top_k) is None
+
+
+def gated_mixes(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    packed: Tensor,
+    Bs: Sequence[Tensor],
+    column_adapter: Tensor,
+    num_adapters: int,
+    top_k: int,
+    temperature: float,
+    *,
+    absolute: bool,
+) -> None:
+    """`gated_mix` of n layers that get the same x (T, in), T > 0, and have the same ``column_adapter``; in place.
+
+    Args:
+        ys: n times (T, out).  Bs: n times (out, R).
+        packed: (n * C, in), ``meteora.kernels.packing.pack`` of each layer's A and gate, one below the other.
+    """
+    from meteora.kernels import ops
+
+    _check_dtype(x)
+    operands = (column_adapter, num_adapters, top_k, temperature)
+    chosen = ops.choose_siblings(x, packed, Bs, *operands, absolute=absolute)
+    ops.add_siblings(ys, chosen, Bs, *operands, absolute=absolute)

@@ -92,7 +92,7 @@ def measure(
 
     names = (("prefill", "s"), ("decode", "ms per step"), ("peak_bytes", "bytes"))
     try:
-        with torch.inference_mode(), active():
+        with torch.no_grad(), active():
             once()
             times = [once() for _ in range(repeats)]
             values = [median(t[0] for t in times), median(t[1] for t in times), measure_peak(prefill, device)]

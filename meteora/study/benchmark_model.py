@@ -127,7 +127,7 @@ def _measure(
     setting: dict[str, Any], name: str, launches: set[str], work: Work, watch: Stopwatch
 ) -> list[dict[str, Any]]:
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             check(work, name)
             call = work.call(name)
             rows = time_and_memory(setting, lambda: call, launches, watch)
@@ -152,7 +152,7 @@ class Work:
         self.ids = torch.randint(config.vocab_size, shape, generator=generator, device=device)
         self.cache = None
         if case.mode == "decode":
-            with torch.inference_mode():
+            with torch.no_grad():
                 self.cache = _random_cache(decoders.base, case, generator)
             self._lengths = [layer.cumulative_length for layer in self.cache.layers]
 

@@ -1,0 +1,163 @@
+"""Layers that get one input, as the q, k and v projections do, computed together in passes without gradients.
+
+For few tokens the time of a mixture goes into starting small kernels one after another, and for many into reading x:
+each is done once for all siblings. So the first of them that is called computes the outputs of all, and the others
+find theirs, if it is the same tensor that they are called with and nothing has been written to since.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from meteora.backends import get_gated_mix, triton
+
+if TYPE_CHECKING:
+    from meteora.layer import MeteoraLinear
+
+# What decoders call the layers of one module that get its input.
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def link_siblings(layers: Mapping[str, MeteoraLinear]) -> None:
+    """Let layers, given by their dotted names in a model, know their siblings: of one parent, with adapters alike."""
+    families: dict[tuple[str, int], list[MeteoraLinear]] = {}
+    for name, layer in layers.items():
+        layer.siblings = None
+        parent, _, child = name.rpartition(".")
+        for number, names in enumerate(FAMILIES):
+            if child in names:
+                families.setdefault((parent, number), []).append(layer)
+    for first, *others in families.values():
+        if others and all(_alike(first, other) for other in others):
+            siblings = Siblings([first, *others])
+            for layer in siblings.layers:
+                layer.siblings = siblings
+
+
+def _alike(one: MeteoraLinear, other: MeteoraLinear) -> bool:
+    return (
+        one.gate.weight.shape == other.gate.weight.shape
+        and one.gate.weight.device == other.gate.weight.device
+        and one.ranks == other.ranks
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Outputs that wait for their layers to be called with ``x``."""
+
+    x: weakref.ref[Tensor]
+    circumstances: tuple
+    outputs: dict[MeteoraLinear, tuple[tuple, Tensor]]  # and the state of the weights that they were computed with
+
+    def take(self, layer: MeteoraLinear, x: Tensor, circumstances: tuple) -> Tensor | None:
+        state, y = self.outputs.pop(layer, (None, None))
+        same = self.x() is x and self.circumstances == circumstances and state == layer.state_of_weights()
+        return y if same else None
+
+
+class Siblings:
+    """Layers of one module whose inputs are expected to be one tensor, with the same adapters of the same ranks.
+
+    Attributes:
+        apart: it was not one tensor, or some were not called at all, so that computing them together was in vain. From
+            then on each layer computes for itself.
+    """
+
+    def __init__(self, layers: list[MeteoraLinear]) -> None:
+        self.layers = layers
+        self.apart = False
+        self._ready: dict[int, _Ready] = {}  # of each thread
+        self._packed: Tensor | None = None
+        self._parts: list[Tensor] = []  # views of it
+
+    def output(self, layer: MeteoraLinear, x: Tensor) -> Tensor | None:
+        """What ``layer`` makes of x (..., in); ``None`` if it has to see to that itself."""
+        if self.apart or not self._nobody_watches(x):
+            return None
+        thread, circumstances = threading.get_ident(), self._circumstances(x)
+        ready = self._ready.pop(thread, None)
+        if ready is None:
+            return self._compute(layer, x, thread, circumstances) if self._fit(x) else None
+        y = ready.take(layer, x, circumstances)
+        self.apart = y is None
+        if ready.outputs and not self.apart:
+            self._ready[thread] = ready
+        return y
+
+    def _nobody_watches(self, x: Tensor) -> bool:
+        """Whether this is a plain pass without gradients, in which a tensor that was written to can be told."""
+        state = self.layers[0].state
+        return state.enabled and not (
+            torch.is_grad_enabled()
+            or state.watched
+            or state.own is not None
+            or x.is_inference()  # it does not count what is written to it
+            or torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _circumstances(self, x: Tensor) -> tuple:
+        """What, besides the weights and which tensor x is, must not have changed when an output is taken."""
+        state = self.layers[0].state
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        return x._version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
+
+    def _fit(self, x: Tensor) -> bool:
+        """Whether the kernels take x and the layers as they are."""
+        first, state = self.layers[0], self.layers[0].state
+        return (
+            get_gated_mix(state.backend, x.device.type) is not None
+            and x.is_contiguous()
+            and x.numel() > 0
+            and all(_plain(layer, x.dtype) for layer in self.layers)
+            and triton.all_columns(x.numel() // first.in_features, first.column_adapter, state.top_k)
+        )
+
+    def _compute(self, layer: MeteoraLinear, x: Tensor, thread: int, circumstances: tuple) -> Tensor:
+        """The output of ``layer``; those of the others get ready."""
+        layer.warn_once()
+        packed, Bs = self._packed_weights(), [sibling.lora_B for sibling in self.layers]
+        ys = [sibling.base_layer(x) for sibling in self.layers]
+        flat, state = [y.reshape(-1, y.shape[-1]) for y in ys], layer.state
+        triton.gated_mixes(
+            flat, x.view(-1, x.shape[-1]), packed, Bs, layer.column_adapter, layer.gate.out_features,
+            state.top_k, state.temperature, absolute=state.absolute_logits,
+        )  # fmt: skip
+        outputs = {
+            sibling: (sibling.state_of_weights(), mixed.view(y.shape))
+            for sibling, mixed, y in zip(self.layers, flat, ys, strict=True)
+        }
+        _, result = outputs.pop(layer)
+        # Nothing outlives x: should it go before all are taken, some layer was not called.
+        self._ready[thread] = _Ready(weakref.ref(x, partial(self._forget, thread)), circumstances, outputs)
+        return result
+
+    def _forget(self, thread: int, _: weakref.ref) -> None:
+        self._ready.pop(thread, None)
+        self.apart = True
+
+    def _packed_weights(self) -> Tensor:
+        """The layers' packed weights one below the other, (n * C, in). Each layer then holds a view of them."""
+        parts = [layer.packed_weights(layer.lora_A) for layer in self.layers]
+        if len(self._parts) != len(parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed = torch.cat(parts)
+                self._parts = list(self._packed.chunk(len(parts)))
+                for layer, part in zip(self.layers, self._parts, strict=True):
+                    layer.hold_packed(part)
+        return self._packed
+
+
+def _plain(layer: MeteoraLinear, dtype: torch.dtype) -> bool:
+    """Whether nothing but its sum comes of the base layer, which may then be called before its turn; of one dtype."""
+    base = layer.base_layer
+    hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)  # accelerate's are of that kind
+    return type(base) is nn.Linear and not hooked and layer.lora_A.dtype == layer.lora_B.dtype == dtype

@@ -1,0 +1,252 @@
+"""Layers that get one input are computed together, and their outputs are those that each computes for itself."""
+
+import copy
+import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from meteora import MeteoraConfig, MeteoraModel
+from meteora.kernels import ops
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each computation was for, as they come."""
+    found = []
+    inner = ops.choose_siblings
+    monkeypatch.setattr(ops, "choose_siblings", lambda *args, **kw: (found.append(len(args[2])), inner(*args, **kw))[1])
+    return found
+
+
+@pytest.fixture
+def model(core, tiny_llama, tmp_path):
+    paths = {name: core.make_adapter(tmp_path / name, tiny_llama, r=3, seed=n) for n, name in enumerate("abc")}
+    model = MeteoraModel.from_adapters(tiny_llama, paths, MeteoraConfig(top_k=2, backend="triton"))
+    model.state.warning = None  # nothing that a compiler could follow
+    return core.randomize_gates(model, std=0.3)
+
+
+def attention(model, block=0):
+    return model.base_model.model.layers[block].self_attn
+
+
+def groups(model):
+    """All siblings of a model."""
+    found = [layer.siblings for layer in model.layers.values() if layer.siblings is not None]
+    return list(dict.fromkeys(found))
+
+
+def separate(model):
+    """The same model, in which each layer computes for itself."""
+    model = copy.deepcopy(model)
+    for layer in model.layers.values():
+        layer.siblings = None
+    return model
+
+
+def test_siblings_are_found_by_their_parent_and_have_adapters_alike(model, tiny_llama, mixed_adapters):
+    found = [[layer.name.rpartition(".")[2] for layer in group.layers] for group in groups(model)]
+    assert found == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 2
+    assert len({layer.name.rpartition(".")[0] for layer in attention(model).q_proj.siblings.layers}) == 1
+
+
+def test_other_adapters_in_each_layer_make_no_siblings(tiny_llama, mixed_adapters):
+    model = MeteoraModel.from_adapters(tiny_llama, mixed_adapters)
+    assert [len(group.layers) for group in groups(model)] == [2]  # gate and up of the first block
+    assert attention(model).q_proj.siblings is None
+
+
+@pytest.mark.parametrize("batch, length", [(1, 1), (3, 1), (2, 9)])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"temperature": 4.0}, {"absolute_logits": True}])
+@torch.no_grad()
+def test_outputs_are_to_the_bit_those_of_separate_layers(model, core, calls, batch, length, settings):
+    for name, value in settings.items():
+        setattr(model.state, name, value)
+    ids = core.tokens(batch, length)
+    expected = separate(model)(input_ids=ids).logits
+    assert calls == [1] * 14
+    calls.clear()
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert calls == [3, 1, 2, 1] * 2
+    assert not any(group._ready for group in groups(model)), "nothing is kept"
+
+
+@torch.no_grad()
+def test_many_tokens_and_generation(model, core):
+    ids = core.tokens(4, 40)
+    torch.testing.assert_close(model(input_ids=ids).logits, separate(model)(input_ids=ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    found, expected = (m.generate(ids[:2, :6], **options) for m in (model, separate(model)))
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_compiled_layers_compute_for_themselves(model, core, calls):
+    ids = core.tokens(2, 5)
+    expected = separate(model)(input_ids=ids).logits
+    compiled = torch.compile(model.base_model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+    calls.clear()
+    torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert calls == [1] * 14 + [3, 1, 2, 1] * 2
+
+
+def together(model, x, change=lambda: None, other=None):
+    """What q, then, after a change, k and v make of x (or k of another input), and what they should."""
+    layer, alone = attention(model), attention(separate(model))
+    q = layer.q_proj(x)
+    expected = [alone.q_proj(x)]
+    change()
+    inputs = [x if other is None else other, x]
+    alone = attention(separate(model))
+    expected += [alone.k_proj(inputs[0]), alone.v_proj(inputs[1])]
+    return [q, layer.k_proj(inputs[0]), layer.v_proj(inputs[1])], expected
+
+
+def assert_same(results):
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
+@torch.no_grad()
+def test_what_is_written_to_the_input_between_siblings_is_seen(model, calls):
+    x = torch.randn(2, 3, 32)
+    assert_same(together(model, x))
+    assert calls.count(3) == 1
+    for change in (lambda: x.mul_(2), lambda: x[0, 1].zero_(), lambda: x.view(-1)[5:].add_(1)):
+        attention(model).q_proj.siblings.apart = False
+        assert_same(together(model, x, change))
+        assert attention(model).q_proj.siblings.apart
+
+
+@torch.no_grad()
+def test_another_input_is_not_taken_for_the_first(model, calls):
+    x = torch.randn(2, 3, 32)
+    for other in (x.clone(), x.view(2, 3, 32), x[:1], torch.randn(1, 32)):
+        attention(model).q_proj.siblings.apart = False
+        assert_same(together(model, x, other=other))
+        assert attention(model).q_proj.siblings.apart, "and no more is computed in vain"
+    calls.clear()
+    assert_same(together(model, x))
+    assert 3 not in calls
+
+
+def changes(model):
+    layer, state = attention(model).k_proj, model.state
+    return [
+        lambda: model.set_top_k(1),
+        lambda: model.set_temperature(3.0),
+        lambda: setattr(state, "absolute_logits", True),
+        lambda: setattr(state, "enabled", False),
+        lambda: model.set_backend("dense"),
+        lambda: layer.gate.weight.neg_(),
+        lambda: layer.lora_A.mul_(2),
+        lambda: layer.lora_B.mul_(2),
+        lambda: layer.base_layer.weight.mul_(2),
+        lambda: setattr(layer, "lora_B", nn.Parameter(torch.randn_like(layer.lora_B), requires_grad=False)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(10))
+@torch.no_grad()
+def test_a_setting_or_weight_that_changes_between_siblings_is_seen(model, number):
+    change = changes(model)[number]
+    found, expected = together(model, torch.randn(2, 3, 32), change)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_weights_that_change_between_passes(model, core):
+    ids = core.tokens(2, 3)
+    model(input_ids=ids)
+    for change in changes(model):
+        change()
+        torch.testing.assert_close(model(input_ids=ids).logits, separate(model)(input_ids=ids).logits)
+    model.state.enabled, model.state.backend = True, "triton"
+    for layer in model.layers.values():
+        layer.gate.weight.add_(0.1)
+    assert torch.equal(model(input_ids=ids).logits, separate(model)(input_ids=ids).logits)
+    packed = attention(model).q_proj.siblings._packed
+    for layer in attention(model).q_proj.siblings.layers:
+        assert layer.lora_A.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr(), "A is kept twice"
+
+
+def test_passes_that_somebody_watches_are_separate(model, core, calls):
+    ids = core.tokens(2, 3)
+    model(input_ids=ids).logits.sum().backward()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    with torch.no_grad():
+        with model.trace() as trace:
+            model(input_ids=ids)
+        with model.route_to("b"):
+            model(input_ids=ids)
+        with torch.autocast("cpu", dtype=torch.float16):
+            model(input_ids=ids)
+        attention(model).k_proj.base_layer.register_forward_hook(lambda *_: None)
+        calls.clear()
+        model(input_ids=ids)
+    assert len(trace.logits) == 14
+    assert calls == [1] * 4 + [2, 1] + [3, 1, 2, 1]
+
+
+@torch.no_grad()
+def test_hooks_of_the_layers_see_their_own_calls(model, core, calls):
+    seen, alone = [], separate(model)
+    for name, layer in model.layers.items():
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.append((name, *inputs, output)))
+    model(input_ids=core.tokens(2, 3))
+    assert [name for name, *_ in seen] == list(model.layers) and 3 in calls
+    for name, x, y in seen:
+        assert torch.equal(y, alone.layers[name](x))
+    # One that replaces a layer's input makes it another input.
+    attention(model).k_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    x = torch.randn(1, 2, 32)
+    attention(model).q_proj(x)
+    assert torch.equal(attention(model).k_proj(x), attention(alone).k_proj(x * 2))
+
+
+@torch.no_grad()
+def test_what_nobody_takes_goes_with_its_input(model, calls):
+    layer = attention(model)
+    x = torch.randn(2, 3, 32)
+    layer.q_proj(x)
+    assert layer.q_proj.siblings._ready
+    del x
+    gc.collect()
+    assert not layer.q_proj.siblings._ready and layer.q_proj.siblings.apart
+    calls.clear()
+    layer.q_proj(torch.randn(1, 32))
+    assert calls == [1]
+
+
+def test_threads_do_not_meet(model):
+    layer, alone = attention(model), attention(separate(model))
+    inputs, threads = [torch.randn(1, 32) for _ in range(2)], [ThreadPoolExecutor(1) for _ in range(2)]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for x, thread in zip(inputs, threads, strict=True):
+            found, expected = (thread.submit(torch.no_grad()(getattr(m, name)), x).result() for m in (layer, alone))
+            assert torch.equal(found, expected)
+    assert not layer.q_proj.siblings.apart and not layer.q_proj.siblings._ready
+    for thread in threads:
+        thread.shutdown()
+
+
+@torch.no_grad()
+def test_added_adapters_and_unloading(model, core, tiny_llama, tmp_path):
+    base = copy.deepcopy(model).unload()
+    model.add_adapter("everywhere", core.make_adapter(tmp_path / "everywhere", base, r=2, seed=7))
+    assert len(groups(model)) == 4
+    model.add_adapter("some", core.make_adapter(tmp_path / "some", base, target_modules=["q_proj"], seed=8))
+    assert len(groups(model)) == 2 and attention(model).k_proj.siblings is None
+    ids = core.tokens(2, 3)
+    assert torch.equal(model(input_ids=ids).logits, separate(model)(input_ids=ids).logits)
+    copied = copy.deepcopy(model)
+    assert torch.equal(model(input_ids=ids).logits, copied(input_ids=ids).logits)
+    assert all(layer in layer.siblings.layers for layer in copied.layers.values() if layer.siblings is not None)
