@@ -91,7 +91,7 @@ def _decode(
 
 def decode(
     ys: Sequence[Tensor], products: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int,
-    top_k: int, temperature: float = 1.0, *, absolute: bool = False,
+    top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
 ) -> None:  # fmt: skip
     """Route ``products`` as :func:`meteora.kernels.route.route` does, and add their expansion into the outputs.
 
@@ -99,6 +99,7 @@ def decode(
         ys: n outputs (T, out), their last dimensions dense.
         products: (splits, T * n, C), a token's n siblings in a row.
         Bs: n times (out, R), R at most :data:`MOST_COLUMNS`.
+        early: no kernels but those that made ``products``, which may still run, were started after those of the ys.
     """
     n = len(ys)
     splits, rows, C = products.shape
@@ -109,5 +110,5 @@ def decode(
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
         products, column_adapter, rows // n, R, num_adapters, C, splits, 1 / temperature,
         SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, BO=BO, BR=block(R, MOST_COLUMNS),
-        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), num_warps=1, **overlap_options(products),
+        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), num_warps=1, **overlap_options(products, early),
     )  # fmt: skip

@@ -77,13 +77,15 @@ def _expand(
 
 
 def expand(
-    ys: Sequence[Tensor], s: Tensor, Bs: Sequence[Tensor], results: Sequence[Tensor] | None = None
-) -> None:
+    ys: Sequence[Tensor], s: Tensor, Bs: Sequence[Tensor], results: Sequence[Tensor] | None = None, *,
+    early: bool = True,
+) -> None:  # fmt: skip
     """Write y + s B^T of each of n siblings to its result, by default y itself.
 
     Args:
         ys, results: n times (T, out).  Bs: n times (out, R).
         s: (T * n, >= R), a token's n siblings in a row.  Last dimensions are dense.
+        early: no kernels but those that made s, which may still run, were started after those of the ys.
     """
     n, T, R = len(ys), ys[0].shape[0], Bs[0].shape[1]
     outs = tuple(B.shape[0] for B in Bs)
@@ -92,16 +94,16 @@ def expand(
             y.addmm_(s[i::n, :R], B.t())
         return
     if T <= 16:
-        BT, BO, BR, group, warps, stages, early = 16, 32, 128, 1, 4, 2, True
+        BT, BO, BR, group, warps, stages, y_first = 16, 32, 128, 1, 4, 2, True
     elif cdiv(T, 64) * cdiv(max(outs), 128) < FEW_TILES:
-        BT, BO, BR, group, warps, stages, early = 64, 64, 64, 8, 4, 3, False
+        BT, BO, BR, group, warps, stages, y_first = 64, 64, 64, 8, 4, 3, False
     else:
-        BT, BO, BR, group, warps, stages, early = 64, 128, 32, 8, 4, 4, False
+        BT, BO, BR, group, warps, stages, y_first = 64, 128, 32, 8, 4, 4, False
     if s.element_size() == 4:  # float32 tiles take twice the shared memory
         BO, stages = min(BO, 64), 2
     results = results or ys
     _expand[(cdiv(T, BT) * sum(cdiv(out, BO) for out in outs),)](
         tuple(ys), tuple(results), tuple(Bs), outs, *(tuple(t.stride(0) for t in ts) for ts in (ys, results, Bs)),
         s, T, R, s.stride(0), n,
-        BT, BO, BR, group, early, num_warps=warps, num_stages=stages, **overlap_options(s),
+        BT, BO, BR, group, y_first, num_warps=warps, num_stages=stages, **overlap_options(s, early),
     )  # fmt: skip

@@ -42,6 +42,9 @@ _OVERLAP = {"OVERLAP": True, "launch_pdl": True}
 _NO_OVERLAP = {"OVERLAP": False}
 
 
-def overlap_options(tensor: Tensor) -> dict[str, bool]:
-    """The argument OVERLAP, and launch options, of a kernel that waits for the one before it by itself."""
-    return _OVERLAP if overlaps(tensor) else _NO_OVERLAP
+def overlap_options(tensor: Tensor, early: bool = True) -> dict[str, bool]:
+    """The argument OVERLAP, and launch options, of a kernel that waits for the one before it by itself.
+
+    Not ``early``: the kernel needs more than the one before it, so it begins when all that has ended.
+    """
+    return _OVERLAP if early and overlaps(tensor) else _NO_OVERLAP

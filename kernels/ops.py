@@ -90,13 +90,17 @@ def choose_siblings(
 
 def add_siblings(
     ys: Sequence[Tensor], chosen: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int,
-    top_k: int, temperature: float = 1.0, *, absolute: bool = False,
+    top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
 ) -> None:  # fmt: skip
-    """Add the mixtures into the layers' outputs, n times (T, out), after :func:`choose_siblings`."""
+    """Add the mixtures into the layers' outputs, n times (T, out), after :func:`choose_siblings`.
+
+    ``early``: no kernels but those of `choose_siblings` were started since those that made the outputs.
+    """
     if _decoded(ys[0], Bs):
-        decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, absolute=absolute)
+        options = {"absolute": absolute, "early": early}
+        decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, **options)
     else:
-        expand(ys, chosen, Bs)
+        expand(ys, chosen, Bs, early=early)
 
 
 def _decoded(tokens: Tensor, Bs: Sequence[Tensor]) -> bool:

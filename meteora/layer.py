@@ -93,7 +93,7 @@ class MeteoraLinear(nn.Module):
         lora_A (R, in), lora_B (out, R): all adapters' weights, R the sum of their ranks; scaling is folded into B.
         column_adapter (R,): the adapter that owns each of the R.
         ranks: the same as (adapter, rank) pairs in their order, for whoever must not wait for a GPU.
-        siblings: the layers that get the same input, if the model found any.
+        siblings: this layer and those that get the same input, once a model has looked for them.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 For few tokens the time of a mixture goes into starting small kernels one after another, and for many into reading x:
 each is done once for all siblings. So the first of them that is called computes the outputs of all, and the others
-find theirs, if it is the same tensor that they are called with and nothing has been written to since.
+find theirs, if it is the same tensor that they are called with and nothing has been written to since. A layer without
+siblings is computed in the same way, as that hides half of its kernels behind the base layer in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 def link_siblings(layers: Mapping[str, MeteoraLinear]) -> None:
     """Let layers, given by their dotted names in a model, know their siblings: of one parent, with adapters alike."""
-    families: dict[tuple[str, int], list[MeteoraLinear]] = {}
+    families: dict[tuple, list[MeteoraLinear]] = {}
     for name, layer in layers.items():
-        layer.siblings = None
+        layer.siblings = Siblings([layer])
         parent, _, child = name.rpartition(".")
-        for number, names in enumerate(FAMILIES):
+        for names in FAMILIES:
             if child in names:
-                families.setdefault((parent, number), []).append(layer)
-    for first, *others in families.values():
-        if others and all(_alike(first, other) for other in others):
-            siblings = Siblings([first, *others])
-            for layer in siblings.layers:
+                families.setdefault((parent, names), []).append(layer)
+    for family in families.values():
+        if all(_alike(family[0], layer) for layer in family):
+            siblings = Siblings(family)
+            for layer in family:
                 layer.siblings = siblings
 
 
@@ -65,7 +66,7 @@ class _Ready:
 
 
 class Siblings:
-    """Layers of one module whose inputs are expected to be one tensor, with the same adapters of the same ranks.
+    """One or more layers of a module whose inputs are expected to be one tensor, with the same adapters and ranks.
 
     Attributes:
         apart: it was not one tensor, or some were not called at all, so that computing them together was in vain. From
@@ -100,7 +101,7 @@ class Siblings:
             torch.is_grad_enabled()
             or state.watched
             or state.own is not None
-            or x.is_inference()  # it does not count what is written to it
+            or (x.is_inference() and len(self.layers) > 1)  # it does not count what is written to it
             or torch.is_autocast_enabled(x.device.type)
         )
 
@@ -108,7 +109,8 @@ class Siblings:
         """What, besides the weights and which tensor x is, must not have changed when an output is taken."""
         state = self.layers[0].state
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        return x._version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
+        version = None if x.is_inference() else x._version
+        return version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
 
     def _fit(self, x: Tensor) -> bool:
         """Whether the kernels take x and the layers as they are."""
@@ -125,19 +127,20 @@ class Siblings:
         """The output of ``layer``; those of the others get ready."""
         layer.warn_once()
         packed, Bs = self._packed_weights(), [sibling.lora_B for sibling in self.layers]
-        ys = [sibling.base_layer(x) for sibling in self.layers]
-        flat, state = [y.reshape(-1, y.shape[-1]) for y in ys], layer.state
-        triton.gated_mixes(
-            flat, x.view(-1, x.shape[-1]), packed, Bs, layer.column_adapter, layer.gate.out_features,
-            state.top_k, state.temperature, absolute=state.absolute_logits,
+        state, tokens = layer.state, x.view(-1, x.shape[-1])
+        ys = triton.gated_mixes(
+            lambda: [sibling.base_layer(x).view(-1, sibling.out_features) for sibling in self.layers],
+            tokens, packed, Bs, layer.column_adapter, layer.gate.out_features, state.top_k, state.temperature,
+            absolute=state.absolute_logits,
         )  # fmt: skip
         outputs = {
-            sibling: (sibling.state_of_weights(), mixed.view(y.shape))
-            for sibling, mixed, y in zip(self.layers, flat, ys, strict=True)
+            sibling: (sibling.state_of_weights(), y.view(*x.shape[:-1], -1))
+            for sibling, y in zip(self.layers, ys, strict=True)
         }
         _, result = outputs.pop(layer)
-        # Nothing outlives x: should it go before all are taken, some layer was not called.
-        self._ready[thread] = _Ready(weakref.ref(x, partial(self._forget, thread)), circumstances, outputs)
+        if outputs:
+            # Nothing outlives x: should it go before all are taken, some layer was not called.
+            self._ready[thread] = _Ready(weakref.ref(x, partial(self._forget, thread)), circumstances, outputs)
         return result
 
     def _forget(self, thread: int, _: weakref.ref) -> None:

@@ -144,7 +144,7 @@ def siblings_of(tokens, features, outs, ranks, dtype=torch.float32, seed=0, shuf
     return ys, found[0][1], As, Bs, gates, owner
 
 
-def check_siblings(operands, k, temperature, dtype, *, absolute=False):
+def check_siblings(operands, k, temperature, dtype, *, absolute=False, early=True):
     """As the reference, and, where the same kernels compute it, to the bit what each layer gets for itself."""
     ys, x, As, Bs, gates, owner = operands
     N, options = len(gates[0]), {"absolute": absolute}
@@ -154,7 +154,7 @@ def check_siblings(operands, k, temperature, dtype, *, absolute=False):
         expected.append(ops.gated_mix_ref(*exact, gate, owner, k, temperature, **options))
         alone.append(ops.gated_mix_(y.clone(), x, packed, B, owner, N, k, temperature, **options))
     chosen = ops.choose_siblings(x, torch.cat(packs), Bs, owner, N, k, temperature, **options)
-    ops.add_siblings(ys, chosen, Bs, owner, N, k, temperature, **options)
+    ops.add_siblings(ys, chosen, Bs, owner, N, k, temperature, **options, early=early)
     few = len(x) <= shrink.FEW_TOKENS
     same = few and len({decode.fits(*y.shape, len(owner)) for y in ys}) == 1
     for y, reference, result in zip(ys, expected, alone, strict=True):
@@ -163,6 +163,7 @@ def check_siblings(operands, k, temperature, dtype, *, absolute=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize(
     "tokens, features, outs, ranks, k",
     [
@@ -175,8 +176,8 @@ def check_siblings(operands, k, temperature, dtype, *, absolute=False):
         (90, 300, (40, 24), [1] * 20, 20),
     ],
 )
-def test_siblings(tokens, features, outs, ranks, k, dtype):
-    check_siblings(siblings_of(tokens, features, outs, ranks, dtype), k, 1.5, dtype)
+def test_siblings(tokens, features, outs, ranks, k, early, dtype):
+    check_siblings(siblings_of(tokens, features, outs, ranks, dtype), k, 1.5, dtype, early=early)
 
 
 @given(
@@ -189,6 +190,33 @@ def test_siblings_of_any_shape(tokens, features, outs, ranks, data, temperature,
     k = data.draw(st.integers(1, len(ranks)))
     operands = siblings_of(tokens, features, outs, ranks, seed=seed, shuffle=shuffle)
     check_siblings(operands, k, temperature, torch.float32, absolute=absolute)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 8, 40, 600])
+@pytest.mark.parametrize("outs", [(4096, 1024, 1024), (4096,)])
+def test_siblings_in_a_graph(tokens, outs):
+    """There the kernels of one layer after the other are branches, of the inputs that are there when it is replayed."""
+    found = [siblings_of(tokens, features, outs, [8] * 28, torch.bfloat16, seed=features) for features in (512, 4096)]
+    packs = [torch.cat([pack(*each) for each in zip(As, gates, strict=True)]) for _, _, As, _, gates, _ in found]
+    weights = [[torch.randn(out, x.shape[1], device=DEVICE, dtype=x.dtype) for out in outs] for _, x, *_ in found]
+
+    def step():
+        results = []
+        for (_, x, _, Bs, _, owner), packed, Ws in zip(found, packs, weights, strict=True):
+            base = lambda x=x, Ws=Ws: [x @ W.t() for W in Ws]
+            results += backend.gated_mixes(base, x, packed, Bs, owner, 28, 2, 1.0, absolute=False)
+        return results
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(20):
+        for _, x, *_ in found:
+            x.normal_()
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(replayed, step(), strict=True))
 
 
 @pytest.mark.parametrize(

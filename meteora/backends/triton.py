@@ -5,8 +5,10 @@ Wants a GPU; with ``TRITON_INTERPRET=1`` the same kernels run, slowly, on a CPU.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -92,7 +94,7 @@ def all_columns(tokens: int, column_adapter: Tensor, top_k: int) -> bool:
 
 
 def gated_mixes(
-    ys: Sequence[Tensor],
+    base: Callable[[], list[Tensor]],
     x: Tensor,
     packed: Tensor,
     Bs: Sequence[Tensor],
@@ -102,16 +104,33 @@ def gated_mixes(
     temperature: float,
     *,
     absolute: bool,
-) -> None:
-    """`gated_mix` of n layers that get the same x (T, in), T > 0, and have the same ``column_adapter``; in place.
+) -> list[Tensor]:
+    """`gated_mix` of n layers that get the same x (T, in), T > 0, and have the same ``column_adapter``.
 
     Args:
-        ys: n times (T, out).  Bs: n times (out, R).
+        base: makes the base layers' outputs, n times (T, out), into which is added.  Bs: n times (out, R).
         packed: (n * C, in), ``meteora.kernels.packing.pack`` of each layer's A and gate, one below the other.
     """
     from meteora.kernels import ops
 
     _check_dtype(x)
     operands = (column_adapter, num_adapters, top_k, temperature)
-    chosen = ops.choose_siblings(x, packed, Bs, *operands, absolute=absolute)
-    ops.add_siblings(ys, chosen, Bs, *operands, absolute=absolute)
+    # In a CUDA graph, what needs x alone is a branch that runs while the base layers do. Outside, starting a branch
+    # takes the CPU longer than the GPU could gain. What the branch allocates is not used anew before this is over, as
+    # the next branch begins with a wait for it.
+    branch = _side_stream(x.device) if x.is_cuda and torch.cuda.is_current_stream_capturing() else None
+    if branch is not None:
+        branch.wait_stream(torch.cuda.current_stream(x.device))
+    with nullcontext() if branch is None else torch.cuda.stream(branch):
+        chosen = ops.choose_siblings(x, packed, Bs, *operands, absolute=absolute)
+    ys = base()
+    if branch is not None:
+        torch.cuda.current_stream(x.device).wait_stream(branch)
+    # Not early without a branch either: a graph is to hold kernels that were loaded before it was recorded.
+    ops.add_siblings(ys, chosen, Bs, *operands, absolute=absolute, early=False)
+    return ys
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
