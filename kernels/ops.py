@@ -52,7 +52,7 @@ def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
 
 def _gated_mix_inplace(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float, absolute: bool,
+    temperature: float, absolute: bool, widest: int,
 ) -> None:  # fmt: skip
     if not x.shape[0] or not column_adapter.shape[0]:
         return
@@ -61,28 +61,28 @@ def _gated_mix_inplace(
     if found is not None:
         grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
         return
-    options = {"absolute": absolute}
-    chosen = choose_siblings(x, packed, [B], column_adapter, num_adapters, top_k, temperature, **options)
-    add_siblings([y], chosen, [B], column_adapter, num_adapters, top_k, temperature, **options)
+    operands = (column_adapter, num_adapters, top_k, temperature)
+    chosen = choose_siblings(x, packed, 1, max(widest, y.shape[1]), *operands, absolute=absolute)
+    add_siblings([y], chosen, [B], *operands, absolute=absolute)
 
 
 def choose_siblings(
-    x: Tensor, packed: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int, top_k: int,
+    x: Tensor, packed: Tensor, n: int, widest: int, column_adapter: Tensor, num_adapters: int, top_k: int,
     temperature: float = 1.0, *, absolute: bool = False,
 ) -> Tensor:  # fmt: skip
     """What n layers that get one input need of it: all of the mixture that is done before their outputs are there.
 
     Args:
         x: (T, in), T > 0, dense rows.  packed: (n * C, in), the layers' packed weights one below the other.
-        Bs: n times (out, R).  column_adapter: (R,), R > 0, the same one in all layers.
+        widest: the largest out of the layers that get x, for which the way is chosen.
+        column_adapter: (R,), R > 0, the same one in all layers.
 
     Returns:
         What :func:`add_siblings` takes: (splits, T * n, C) float32 products for `decode`, or s (T * n, R').
     """
-    n = len(Bs)
     products = shrink(x, packed, n)
     products = products.view(len(products), -1, len(packed) // n)  # to `route` a token's siblings are tokens in a row
-    if _decoded(x, Bs):
+    if decode.fits(len(x), widest, column_adapter.shape[0]):
         return products
     options = {"absolute": absolute, "dtype": x.dtype}
     return route(products, column_adapter, num_adapters, top_k, temperature, **options)[0]
@@ -96,16 +96,11 @@ def add_siblings(
 
     ``early``: no kernels but those of `choose_siblings` were started since those that made the outputs.
     """
-    if _decoded(ys[0], Bs):
+    if chosen.dim() == 3:
         options = {"absolute": absolute, "early": early}
         decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, **options)
     else:
         expand(ys, chosen, Bs, early=early)
-
-
-def _decoded(tokens: Tensor, Bs: Sequence[Tensor]) -> bool:
-    """Whether `decode` is the way for (T, ...) tokens: it is if it is the widest layer's."""
-    return decode.fits(len(tokens), max(len(B) for B in Bs), Bs[0].shape[1])
 
 
 def _mix_inplace(
@@ -129,12 +124,15 @@ mix_op_.register_fake(lambda *args: None)
 
 def gated_mix_(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, widest: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Add the mixture into y (T, out) and return it; see :func:`gated_mix`."""
+    """Add the mixture into y (T, out) and return it; see :func:`gated_mix`.
+
+    ``widest``: the largest out of the layers that get x, so that each computes what `choose_siblings` would for all.
+    """
     # Outside of a compiler the operator's dispatcher is only a detour.
     run = gated_mix_op_ if torch.compiler.is_compiling() else _gated_mix_inplace
-    run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute)
+    run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute, widest)
     return y
 
 

@@ -94,6 +94,7 @@ class MeteoraLinear(nn.Module):
         column_adapter (R,): the adapter that owns each of the R.
         ranks: the same as (adapter, rank) pairs in their order, for whoever must not wait for a GPU.
         siblings: this layer and those that get the same input, once a model has looked for them.
+        widest: the out of the widest of them.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class MeteoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.cat(B, dim=1), requires_grad=False)
         self.register_buffer("column_adapter", torch.cat(owner).to(device), persistent=False)
         self.siblings: Siblings | None = None
+        self.widest = self.out_features
         self._packed: Tensor | None = None
         self._packed_from: tuple | None = None
 
@@ -175,7 +177,7 @@ class MeteoraLinear(nn.Module):
         with torch.autocast(device, enabled=False):
             if gated_mix is not None:
                 self.warn_once()
-                options = {"absolute": state.absolute_logits, "packed": self.packed_weights(A)}
+                options = {"absolute": state.absolute_logits, "packed": self.packed_weights(A), "widest": self.widest}
                 gate, owner = self.gate.weight, self.column_adapter
                 mixed = gated_mix(flat, tokens, A, B, gate, owner, state.top_k, state.temperature, **options)
             else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meteora.backends import get_gated_mix, triton
 
 if TYPE_CHECKING:
-    from meteora.layer import MeteoraLinear
+    from meteora.layer import MeteoraLinear, MixtureState
 
 # What decoders call the layers of one module that get its input.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -31,16 +31,16 @@ def link_siblings(layers: Mapping[str, MeteoraLinear]) -> None:
     """Let layers, given by their dotted names in a model, know their siblings: of one parent, with adapters alike."""
     families: dict[tuple, list[MeteoraLinear]] = {}
     for name, layer in layers.items():
-        layer.siblings = Siblings([layer])
+        layer.siblings, layer.widest = Siblings([layer]), layer.out_features
         parent, _, child = name.rpartition(".")
         for names in FAMILIES:
             if child in names:
                 families.setdefault((parent, names), []).append(layer)
     for family in families.values():
         if all(_alike(family[0], layer) for layer in family):
-            siblings = Siblings(family)
+            siblings, widest = Siblings(family), max(layer.out_features for layer in family)
             for layer in family:
-                layer.siblings = siblings
+                layer.siblings, layer.widest = siblings, widest
 
 
 def _alike(one: MeteoraLinear, other: MeteoraLinear) -> bool:
@@ -73,69 +73,78 @@ class Siblings:
             then on each layer computes for itself.
     """
 
-    def __init__(self, layers: list[MeteoraLinear]) -> None:
-        self.layers = layers
-        self.apart = False
+    def __init__(self, layers: list[MeteoraLinear], apart: bool = False) -> None:
+        # Layers hold this object: did it hold them too, a model would stay until the garbage collector comes.
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self.apart = apart
         self._ready: dict[int, _Ready] = {}  # of each thread
         self._packed: Tensor | None = None
         self._parts: list[Tensor] = []  # views of it
 
+    def __getstate__(self) -> tuple:
+        return self.layers, self.apart  # a copied layer's siblings are copies
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)
+
+    @property
+    def layers(self) -> list[MeteoraLinear]:
+        return [layer for found in self._layers if (layer := found()) is not None]
+
     def output(self, layer: MeteoraLinear, x: Tensor) -> Tensor | None:
         """What ``layer`` makes of x (..., in); ``None`` if it has to see to that itself."""
-        if self.apart or not self._nobody_watches(x):
+        state = layer.state
+        # A replica that nn.DataParallel makes of a layer has the layer's siblings, and is none of them.
+        if self.apart or layer not in self.layers or not self._nobody_watches(x, state):
             return None
-        thread, circumstances = threading.get_ident(), self._circumstances(x)
+        thread, circumstances = threading.get_ident(), _circumstances(x, state)
         ready = self._ready.pop(thread, None)
         if ready is None:
-            return self._compute(layer, x, thread, circumstances) if self._fit(x) else None
+            return self._compute(layer, x, thread, circumstances) if self._fit(layer, x) else None
         y = ready.take(layer, x, circumstances)
         self.apart = y is None
         if ready.outputs and not self.apart:
             self._ready[thread] = ready
         return y
 
-    def _nobody_watches(self, x: Tensor) -> bool:
+    def _nobody_watches(self, x: Tensor, state: MixtureState) -> bool:
         """Whether this is a plain pass without gradients, in which a tensor that was written to can be told."""
-        state = self.layers[0].state
         return state.enabled and not (
             torch.is_grad_enabled()
             or state.watched
             or state.own is not None
-            or (x.is_inference() and len(self.layers) > 1)  # it does not count what is written to it
+            or (x.is_inference() and len(self._layers) > 1)  # it does not count what is written to it
             or torch.is_autocast_enabled(x.device.type)
         )
 
-    def _circumstances(self, x: Tensor) -> tuple:
-        """What, besides the weights and which tensor x is, must not have changed when an output is taken."""
-        state = self.layers[0].state
-        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        version = None if x.is_inference() else x._version
-        return version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
-
-    def _fit(self, x: Tensor) -> bool:
+    def _fit(self, layer: MeteoraLinear, x: Tensor) -> bool:
         """Whether the kernels take x and the layers as they are."""
-        first, state = self.layers[0], self.layers[0].state
         return (
-            get_gated_mix(state.backend, x.device.type) is not None
+            get_gated_mix(layer.state.backend, x.device.type) is not None
             and x.is_contiguous()
             and x.numel() > 0
-            and all(_plain(layer, x.dtype) for layer in self.layers)
-            and triton.all_columns(x.numel() // first.in_features, first.column_adapter, state.top_k)
+            and all(_plain(sibling, x.dtype) for sibling in self.layers)
+            and triton.all_columns(x.numel() // layer.in_features, layer.column_adapter, layer.state.top_k)
         )
 
     def _compute(self, layer: MeteoraLinear, x: Tensor, thread: int, circumstances: tuple) -> Tensor:
         """The output of ``layer``; those of the others get ready."""
         layer.warn_once()
-        packed, Bs = self._packed_weights(), [sibling.lora_B for sibling in self.layers]
-        state, tokens = layer.state, x.view(-1, x.shape[-1])
+        layers, state = self.layers, layer.state
         ys = triton.gated_mixes(
-            lambda: [sibling.base_layer(x).view(-1, sibling.out_features) for sibling in self.layers],
-            tokens, packed, Bs, layer.column_adapter, layer.gate.out_features, state.top_k, state.temperature,
+            lambda: [sibling.base_layer(x).view(-1, sibling.out_features) for sibling in layers],
+            x.view(-1, x.shape[-1]),
+            self._packed_weights(layers),
+            [sibling.lora_B for sibling in layers],
+            layer.column_adapter,
+            layer.gate.out_features,
+            state.top_k,
+            state.temperature,
             absolute=state.absolute_logits,
-        )  # fmt: skip
+        )
         outputs = {
             sibling: (sibling.state_of_weights(), y.view(*x.shape[:-1], -1))
-            for sibling, y in zip(self.layers, ys, strict=True)
+            for sibling, y in zip(layers, ys, strict=True)
         }
         _, result = outputs.pop(layer)
         if outputs:
@@ -147,16 +156,23 @@ class Siblings:
         self._ready.pop(thread, None)
         self.apart = True
 
-    def _packed_weights(self) -> Tensor:
+    def _packed_weights(self, layers: list[MeteoraLinear]) -> Tensor:
         """The layers' packed weights one below the other, (n * C, in). Each layer then holds a view of them."""
-        parts = [layer.packed_weights(layer.lora_A) for layer in self.layers]
+        parts = [layer.packed_weights(layer.lora_A) for layer in layers]
         if len(self._parts) != len(parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
                 self._packed = torch.cat(parts)
                 self._parts = list(self._packed.chunk(len(parts)))
-                for layer, part in zip(self.layers, self._parts, strict=True):
+                for layer, part in zip(layers, self._parts, strict=True):
                     layer.hold_packed(part)
         return self._packed
+
+
+def _circumstances(x: Tensor, state: MixtureState) -> tuple:
+    """What, besides the weights and which tensor x is, must not have changed when an output is taken."""
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    version = None if x.is_inference() else x._version
+    return version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
 
 
 def _plain(layer: MeteoraLinear, dtype: torch.dtype) -> bool:

@@ -145,21 +145,19 @@ def siblings_of(tokens, features, outs, ranks, dtype=torch.float32, seed=0, shuf
 
 
 def check_siblings(operands, k, temperature, dtype, *, absolute=False, early=True):
-    """As the reference, and, where the same kernels compute it, to the bit what each layer gets for itself."""
+    """As the reference, and, up to where cuBLAS multiplies, to the bit what each layer gets for itself."""
     ys, x, As, Bs, gates, owner = operands
-    N, options = len(gates[0]), {"absolute": absolute}
+    N, options, widest = len(gates[0]), {"absolute": absolute}, max(map(len, Bs))
     packs, expected, alone = [pack(*each) for each in zip(As, gates, strict=True)], [], []
     for y, A, B, gate, packed in zip(ys, As, Bs, gates, packs, strict=True):
         exact = [t.float() for t in (y, x, A, B)]
         expected.append(ops.gated_mix_ref(*exact, gate, owner, k, temperature, **options))
-        alone.append(ops.gated_mix_(y.clone(), x, packed, B, owner, N, k, temperature, **options))
-    chosen = ops.choose_siblings(x, torch.cat(packs), Bs, owner, N, k, temperature, **options)
+        alone.append(ops.gated_mix_(y.clone(), x, packed, B, owner, N, k, temperature, **options, widest=widest))
+    chosen = ops.choose_siblings(x, torch.cat(packs), len(Bs), widest, owner, N, k, temperature, **options)
     ops.add_siblings(ys, chosen, Bs, owner, N, k, temperature, **options, early=early)
-    few = len(x) <= shrink.FEW_TOKENS
-    same = few and len({decode.fits(*y.shape, len(owner)) for y in ys}) == 1
     for y, reference, result in zip(ys, expected, alone, strict=True):
         close(y, reference, dtype)
-        assert torch.equal(y, result) or not same
+        assert torch.equal(y, result) or len(x) > shrink.FEW_TOKENS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -355,7 +353,7 @@ def test_opcheck():
     packed = pack(A, gate)
     indices, weights = routing_of(8, 3, 2)
     operators = torch.ops.meteora
-    torch.library.opcheck(operators.gated_mix_, (y, x, packed, B, owner, 3, 2, 1.0, False))
+    torch.library.opcheck(operators.gated_mix_, (y, x, packed, B, owner, 3, 2, 1.0, False, 0))
     torch.library.opcheck(operators.mix_, (y, x, A, B, owner, indices, weights))
     leaves = [t.requires_grad_() for t in (y, x, A, B, gate)]
     torch.library.opcheck(operators.gated_mix, (*leaves, packed, owner, 2, 1.0))
@@ -593,7 +591,7 @@ def test_the_grouped_operators_are_operators(grouped_at_any_size):
     y, x, A, B, gate, owner = problem(20, 16, 16, [4] * 9)
     packed = pack(A, gate)
     indices, weights = routing_of(20, 9, 2)
-    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False))
+    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False, 0))
     torch.library.opcheck(torch.ops.meteora.mix_, (y, x, A, B, owner, indices, weights))
     assert grouped_at_any_size
 

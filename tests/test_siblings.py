@@ -3,6 +3,8 @@
 import copy
 import gc
 import os
+import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from meteora import MeteoraConfig, MeteoraModel
-from meteora.kernels import ops
+from meteora.kernels import decode, ops
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
@@ -20,7 +22,7 @@ def calls(monkeypatch):
     """How many layers each computation was for, as they come."""
     found = []
     inner = ops.choose_siblings
-    monkeypatch.setattr(ops, "choose_siblings", lambda *args, **kw: (found.append(len(args[2])), inner(*args, **kw))[1])
+    monkeypatch.setattr(ops, "choose_siblings", lambda *args, **kw: (found.append(args[2]), inner(*args, **kw))[1])
     return found
 
 
@@ -76,6 +78,19 @@ def test_outputs_are_to_the_bit_those_of_separate_layers(model, core, calls, bat
     assert torch.equal(model(input_ids=ids).logits, expected)
     assert calls == [3, 1, 2, 1] * 2
     assert not any(group._ready for group in groups(model)), "nothing is kept"
+
+
+@pytest.mark.parametrize("tokens, fits", [(4, [True] * 3), (5, [False, True, True]), (8, [False, True, True])])
+@torch.no_grad()
+def test_so_are_those_of_layers_too_wide_for_the_kernel_that_takes_the_others(model, core, monkeypatch, tokens, fits):
+    monkeypatch.setattr(decode, "MOST_OUTPUTS", 4 * 32)
+    layers = attention(model).q_proj.siblings.layers
+    assert [decode.fits(tokens, layer.out_features, len(layer.lora_A)) for layer in layers] == fits
+    ids, alone = core.tokens(tokens, 1), separate(model)
+    expected = alone(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    compiled = torch.compile(model.base_model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(input_ids=ids).logits, expected)
 
 
 @torch.no_grad()
@@ -237,6 +252,36 @@ def test_threads_do_not_meet(model):
     assert not layer.q_proj.siblings.apart and not layer.q_proj.siblings._ready
     for thread in threads:
         thread.shutdown()
+
+
+@torch.no_grad()
+def test_replicas_of_data_parallelism_compute_with_their_own_weights(model):
+    layer, x = attention(model).q_proj, torch.randn(1, 32)
+    replica = layer._replicate_for_data_parallel()
+    replica.lora_A, replica.lora_B = layer.lora_A.detach().clone(), layer.lora_B * 2
+    expected = attention(separate(model)).q_proj
+    expected.lora_B.mul_(2)
+    assert torch.equal(replica(x), expected(x))
+    assert not layer.siblings.apart and not layer.siblings._ready
+
+
+@torch.no_grad()
+def test_layers_go_with_their_model_and_come_with_its_copies(model, core):
+    ids = core.tokens(2, 3)
+    expected = model(input_ids=ids).logits
+    pickled = pickle.loads(pickle.dumps(model.layers))
+    assert [len(layer.siblings.layers) for layer in pickled.values()] == [3, 3, 3, 1, 2, 2, 1] * 2
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(input_ids=ids).logits, expected) and len(groups(copied)) == 4
+    layer = weakref.ref(attention(copied).q_proj)
+    assert layer().siblings.layers == [layer(), attention(copied).k_proj, attention(copied).v_proj]
+    gc.collect()
+    gc.disable()
+    try:
+        del copied
+        assert layer() is None, "a model's memory is free as soon as nobody has it"
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ def gated_mix(
     *,
     absolute: bool = False,
     packed: Tensor | None = None,
+    widest: int = 0,
 ) -> Tensor:
     """Add the mixture that the gate (N, in) float32 chooses into y (T, out); the rest as in :mod:`meteora.backends`.
 
@@ -73,6 +74,8 @@ def gated_mix(
     Args:
         absolute: choose by the logits' absolute values; not where the gate's gradient is needed.
         packed: ``meteora.kernels.packing.pack(A, gate)``, for callers that keep it; otherwise it is made in each call.
+        widest: the largest out of the layers that get x: without gradients, the bits are those of `gated_mixes` then,
+            up to 64 tokens.
     """
     from meteora.kernels import ops
 
@@ -83,7 +86,8 @@ def gated_mix(
         if absolute:
             raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")
         return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature)[0]
-    return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, absolute=absolute)
+    options = {"absolute": absolute, "widest": widest}
+    return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, **options)
 
 
 def all_columns(tokens: int, column_adapter: Tensor, top_k: int) -> bool:
@@ -122,7 +126,7 @@ def gated_mixes(
     if branch is not None:
         branch.wait_stream(torch.cuda.current_stream(x.device))
     with nullcontext() if branch is None else torch.cuda.stream(branch):
-        chosen = ops.choose_siblings(x, packed, Bs, *operands, absolute=absolute)
+        chosen = ops.choose_siblings(x, packed, len(Bs), max(map(len, Bs)), *operands, absolute=absolute)
     ys = base()
     if branch is not None:
         torch.cuda.current_stream(x.device).wait_stream(branch)
