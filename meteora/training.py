@@ -60,16 +60,14 @@ def train_gates(
     config = config or GateTrainingConfig()
     if output_dir is not None:
         check_free_for_checkpoint(output_dir)
-    stages, rows = config.stages(), list(dataset)
-    encoded = functools.cache(lambda length: by_task(encode(rows, _numbered(model.adapter_names), tokenizer, length)))
-    groups = [encoded(stage.max_length) for stage in stages]  # bad rows are told before anything is trained
+    stages = samples_of_stages(model, dataset, config, tokenizer)  # bad rows are told before anything is trained
     _forget_prototypes(model)
     runs: list[TrainingRun] = []
     history: list[dict] = []
-    for number, (stage, samples) in enumerate(zip(stages, groups, strict=True)):
+    for number, (stage, groups) in enumerate(stages):
         mixed = stage.mixed_per_step
-        runs.append(TrainingRun(model, samples, stage, tokenizer, output_dir, mixed_per_step=mixed, stage=number))
-        found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not stages[-1])
+        runs.append(TrainingRun(model, groups, stage, tokenizer, output_dir, mixed_per_step=mixed, stage=number))
+        found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not config)
         done = len(history)
         history += [{**row, "step": done + row["step"]} for row in found]
     model.state.warning = None
@@ -82,8 +80,13 @@ def train_gates(
     return history
 
 
-def _numbered(names: Sequence[str]) -> dict[str, int]:
-    return {name: n for n, name in enumerate(names)}
+def samples_of_stages(
+    model: MeteoraModel, dataset: Iterable[Mapping], config: GateTrainingConfig, tokenizer
+) -> list[tuple[GateTrainingConfig, dict[int, list[Sample]]]]:
+    """Every stage of a training with its samples, by task; stages of one ``max_length`` share theirs."""
+    rows, numbers = list(dataset), {name: n for n, name in enumerate(model.adapter_names)}
+    encoded = functools.cache(lambda length: by_task(encode(rows, numbers, tokenizer, length)))
+    return [(stage, encoded(stage.max_length)) for stage in config.stages()]
 
 
 @torch.no_grad()

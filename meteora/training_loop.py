@@ -75,10 +75,9 @@ class TrainingRun:
             self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished{stage or ''}.pt")
         self._identity = _identity(config, [groups, held_out or {}], model)
         self._sharded = wants_sharding(self.accelerator)
-        if is_sharded(model.base_model):
-            pass  # by an earlier stage
-        elif self._sharded:
-            shard_base_model(model, self.accelerator)
+        if self._sharded:
+            if not is_sharded(model.base_model):  # by an earlier stage
+                shard_base_model(model, self.accelerator)
         elif not getattr(model.base_model, "hf_device_map", None):
             model.to(self.device)
 

@@ -152,13 +152,16 @@ class Ablations:
     ) -> Accuracies:
         """Method -> task -> 1 or 0 per example; the answers are kept in a folder of these ``names``."""
         evaluation = self.profile.evaluation
-        folder = self.workspace.predictions.joinpath("ablations", *(quote(name, safe="") for name in names))
         result = evaluate_independent(
-            methods, examples, tokenizer=self.study.tokenizer, predictions_dir=folder,
+            methods, examples, tokenizer=self.study.tokenizer, predictions_dir=self.answers_folder(*names),
             batch_size=evaluation.batch_size, tokens_per_batch=evaluation.tokens_per_batch,
             max_new_tokens={task: self.limits[task] for task in examples},
         )  # fmt: skip
         return result.accuracies
+
+    def answers_folder(self, *names: str) -> Path:
+        """Where answers are kept, under these names."""
+        return self.workspace.predictions.joinpath("ablations", *(quote(name, safe="") for name in names))
 
     def model_with(self, tasks: Sequence[str]) -> MeteoraModel:
         """A model with these tasks' adapters and untrained gates, over the same base weights."""

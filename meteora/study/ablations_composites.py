@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 from data_prep.composite import CompositeItem, build_composites
 from meteora.study.ablations import Ablations, Variant
@@ -26,7 +25,7 @@ def shots_study(ablations: Ablations) -> Iterator[Variant]:
             seed = ablations.profile.seed
             items = build_composites(ablations.workspace.data, tasks, count, shots=shots, seed=seed)
             methods = {name: ablations.study.methods[name] for name in names}
-            folder = ablations.workspace.predictions / "ablations" / f"{shots}-shot"
+            folder = ablations.answers_folder(f"{shots}-shot")
             return answer_composites(ablations, methods, items, protocols, folder, shots=shots)
 
         yield Variant(f"{shots}-shot", {"composite": composite_settings(ablations), "items": count}, produce)
@@ -57,19 +56,20 @@ def answer_all_composites(
 ) -> list[Row]:
     """Rows of composites of every size, in notebook 04's protocols, of each ``count(protocol)``, and with its shots."""
     composite, rows = ablations.profile.composite, []
+    most = max(map(count, composite.protocols))
     for tasks in composite.sizes.values():
+        items = build_composites(
+            ablations.workspace.data, tasks, most, shots=composite.shots, seed=ablations.profile.seed
+        )
         for protocol in composite.protocols:
-            items = build_composites(
-                ablations.workspace.data, tasks, count(protocol), shots=composite.shots, seed=ablations.profile.seed
-            )
-            rows += answer_composites(ablations, methods, items, [protocol], folder, shots=composite.shots)
+            some = items[: count(protocol)]
+            rows += answer_composites(ablations, methods, some, [protocol], folder, shots=composite.shots)
     return rows
 
 
 def validation_rows(ablations: Ablations, methods: Mapping[str, Method], *names: str) -> list[Row]:
     """Rows of `sequential` composites of validation problems, every size; answers as in `Ablations.answer`."""
-    folder = ablations.workspace.predictions.joinpath("ablations", *(quote(name, safe="") for name in names))
-    rows = []
+    folder, rows = ablations.answers_folder(*names), []
     for tasks in ablations.profile.composite.sizes.values():
         items = build_composites(
             ablations.workspace.data, tasks, ablations.settings.composite_items, shots=0,

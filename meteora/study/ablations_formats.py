@@ -92,7 +92,7 @@ def _train(ablations: Ablations, tasks: Sequence[str]) -> tuple[MeteoraModel, Me
 def _measure(ablations: Ablations, methods: Mapping[str, Method], tasks: Sequence[str], name: str) -> list[Row]:
     valid = {task: ablations.valid[task] for task in tasks}
     rows = ablations.accuracy_rows(ablations.answer(methods, valid, "formats", name), against=None)
-    folder = ablations.workspace.predictions / "ablations" / "formats" / name.replace(" ", "_")
+    folder = ablations.answers_folder("formats", name.replace(" ", "_"))
     count = ablations.settings.composite_items
     return rows + answer_all_composites(ablations, methods, lambda protocol: count, folder)
 

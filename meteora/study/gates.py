@@ -11,19 +11,18 @@ import torch
 from tqdm.auto import tqdm
 
 from meteora import GateTrainingConfig, MeteoraModel
-from meteora.batches import Batch, balanced_steps, by_task, encode, micro_batches
+from meteora.batches import Batch, balanced_steps, encode, micro_batches
 from meteora.study.measures import Example, Row
 from meteora.study.routing import split_module
+from meteora.training import samples_of_stages
 
 
 def training_tokens(
     model: MeteoraModel, tokenizer, dataset: Sequence[Mapping], config: GateTrainingConfig
 ) -> int:
     """How many tokens ``train_gates`` shows the gates, prompts included and pads left out."""
-    ids = {name: n for n, name in enumerate(model.adapter_names)}
     total = 0
-    for stage in config.stages():
-        groups = by_task(encode(dataset, ids, tokenizer, stage.max_length))
+    for stage, groups in samples_of_stages(model, dataset, config, tokenizer):
         steps = stage.steps(max(map(len, groups.values())))
         drawn = balanced_steps(groups, stage.samples_per_step, steps, stage.seed, stage.mixed_per_step)
         total += sum(len(sample.ids) for samples in drawn for sample in samples)
