@@ -1,4 +1,4 @@
-"""Composites in studies: solved examples in the prompt, the methods that notebook 04 leaves out, validation problems."""
+"""Composites in studies: solved examples in the prompt, methods that notebook 04 leaves out, validation problems."""
 
 from __future__ import annotations
 
