@@ -127,10 +127,10 @@ def _encode_rows(
             raise ValueError(f"row {n} of the dataset has no turns; give at least one.")
         tasks += [_task_of(turn, n, task_ids) for turn in of_row]
     in_order = [turn for of_row in turns.values() for turn in of_row]
-    responses = _ids_of(tokenizer, [turn["response"] for turn in in_order], add_special_tokens=False)
-    beginnings = _ids_of(tokenizer, [of_row[0]["prompt"] for of_row in turns.values()])
+    responses = token_ids(tokenizer, [turn["response"] for turn in in_order], add_special_tokens=False)
+    beginnings = token_ids(tokenizer, [of_row[0]["prompt"] for of_row in turns.values()])
     others = ["\n" + turn["prompt"] for of_row in turns.values() for turn in of_row[1:]]
-    continuations = iter(_ids_of(tokenizer, others, add_special_tokens=False))
+    continuations = iter(token_ids(tokenizer, others, add_special_tokens=False))
     beginnings, of_turn = iter(beginnings), zip(tasks, responses, strict=True)
 
     samples = []
@@ -152,10 +152,13 @@ def _encode_rows(
     return samples
 
 
-def _ids_of(tokenizer, texts: list[str], **options) -> list[list[int]]:
-    """A fast tokenizer encodes a list in parallel; another gains nothing by one, and need not take it."""
+def token_ids(tokenizer, texts: Sequence[str], **options) -> list[list[int]]:
+    """The ids of each text.
+
+    A fast tokenizer encodes a list in parallel; another gains nothing by one, and need not take it.
+    """
     if texts and getattr(tokenizer, "is_fast", False):
-        return tokenizer(texts, return_attention_mask=False, **options)["input_ids"]
+        return tokenizer(list(texts), return_attention_mask=False, **options)["input_ids"]
     return [tokenizer(text, **options)["input_ids"] for text in texts]
 
 

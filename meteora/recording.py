@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -123,7 +124,8 @@ def waiting_is_an_error() -> Iterator[None]:
     Asking is safer than trying: a capture that fails may leave torch's allocator as if it were still going on.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch says each time that this is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

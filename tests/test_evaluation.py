@@ -76,8 +76,9 @@ def count_rows(monkeypatch, stop_after=None):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize("reuse_prefix", [True, False])
-def test_answers_equal_generate_whatever_the_batch(tiny, examples, top_k, batch_size, reuse_prefix):
+@pytest.mark.parametrize("worth", [0, 1_000_000], ids=["prefix encoded once", "prefix in every row"])
+def test_answers_equal_generate_whatever_the_batch(tiny, examples, top_k, batch_size, worth, monkeypatch):
+    monkeypatch.setattr(evaluation, "WORTH_A_PASS", worth)
     model, tokenizer = tiny
     prompts = [row["prompt"] for rows in examples.values() for row in rows[:2]] + ["[INST] x"]
     model.set_top_k(top_k)
@@ -90,9 +91,7 @@ def test_answers_equal_generate_whatever_the_batch(tiny, examples, top_k, batch_
         )  # fmt: skip
         expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     assert len(set(expected)) > 1
-    assert expected == generate_answers(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=NEW, reuse_prefix=reuse_prefix
-    )
+    assert expected == generate_answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=NEW)
 
 
 def test_common_prefix_is_encoded_once(tiny, examples, monkeypatch):
@@ -105,6 +104,7 @@ def test_common_prefix_is_encoded_once(tiny, examples, monkeypatch):
         fed.append(kwargs["input_ids"].numel())
         return forward(self, *args, **kwargs)
 
+    monkeypatch.setattr(evaluation, "WORTH_A_PASS", 0)
     monkeypatch.setattr(MeteoraModel, "forward", counted)
     generate_answers(model, tokenizer, prompts, batch_size=5, max_new_tokens=1)
     shared = len(tokenizer("[INST] Odd or even: ")["input_ids"])
@@ -146,7 +146,8 @@ def test_tasks_are_answered_together_where_batches_have_room(tiny, examples, tmp
     if tokens_per_batch is None:
         assert rows == [10, 5, 5, 5, 5, 10, 5]  # base; peft, which is told the task, by task; MeteoRA
     else:
-        assert all(max(lengths) * len(lengths) <= 40 for lengths in prompts.values()) and len(rows) > 7
+        assert all(len(lengths) == 1 or max(lengths) * len(lengths) <= 40 for lengths in prompts.values())
+        assert len(rows) > 7
     del rows[:]
     del_file = tmp_path / "together" / "independent" / "base" / "toy_parity.jsonl"
     del_file.unlink()

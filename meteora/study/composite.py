@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from data_prep.composite import CompositeItem, parse_answers
+from meteora.batches import token_ids
 from meteora.study.baselines import Method, with_temperature
 from meteora.study.evaluation import iterate_answers, smaller
 from meteora.study.guided import GuidedNumbering
@@ -143,7 +144,8 @@ def _batches(
     tokens_per_batch = smaller(tokens_per_batch, method.tokens_per_batch)
     if protocol == "sequential":
         if tokens_per_batch is not None:
-            longest = max(len(tokenizer(example["prompt"])["input_ids"]) for item in items for example in item.examples)
+            problems = [example["prompt"] for item in items for example in item.examples]
+            longest = max(map(len, token_ids(tokenizer, problems)))
             batch_size = min(batch_size, max(1, tokens_per_batch // longest))
         for batch in answer_in_sequence(
             method.model,

@@ -22,7 +22,7 @@ from meteora.study.graphs import FixedSteps, can_be_fixed
 
 # What preparing fixed steps costs: about one step as Python runs it, or three where it has to be done again.
 LEAST_STEPS = 4  # for fewer, they are not worth it
-LEAST_STEPS_AGAIN = 32  # nor, for fewer, a smaller batch
+LEAST_STEPS_AGAIN = 64  # nor, for fewer, a smaller batch
 
 # (generated so far (B, t), next-token scores (B, V)) -> scores (B, V): the signature of transformers' LogitsProcessor
 ScoreProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from meteora.batches import token_ids
 from meteora.study.baselines import Method
 from meteora.study.decoding import EncodedPrefix, ScoreProcessor, TranscriptBatch, common_prefix_length
 from meteora.study.measures import Example, Row, strict_scores, task_rows
 from meteora.study.predictions import PredictionFile, file_name
 from meteora.study.statistics import paired_difference_over_tasks
+
+WORTH_A_PASS = 16_384  # tokens that need not be encoded again and again: of fewer, a GPU is done while Python starts a pass
 
 Accuracies = dict[str, dict[str, list[float]]]  # method -> task -> 1.0 or 0.0 per sample
 
@@ -39,7 +42,6 @@ def iterate_answers(
     tokens_per_batch: int | None = None,
     processor: ScoreProcessor | None = None,
     decode: Callable[[list[int]], str] | None = None,
-    reuse_prefix: bool = True,
 ) -> Iterator[dict[int, str]]:
     """Greedy answers, one batch after another as {position in `prompts`: answer}. See `generate_answers`.
 
@@ -48,8 +50,10 @@ def iterate_answers(
         tokens_per_batch: most tokens of the prompts in a batch, pads included (but one prompt at least).
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    shared = common_prefix_length(encoded) if reuse_prefix else 0
+    encoded = token_ids(tokenizer, prompts)
+    shared = common_prefix_length(encoded)
+    if shared * (len(prompts) - 1) < WORTH_A_PASS:
+        shared = 0
     prefix = EncodedPrefix(model, encoded[0][:shared]) if shared else None
     if decode is None:
         decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True).strip()  # noqa: E731
@@ -80,11 +84,10 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     processor: ScoreProcessor | None = None,
-    reuse_prefix: bool = True,
 ) -> list[str]:
     """Greedy answers to `prompts`: the new text only, without surrounding white space.
 
-    Batches are sorted by length and left-padded. Tokens with which all prompts begin are encoded once (`reuse_prefix`).
+    Batches are sorted by length and left-padded. Tokens with which all prompts begin are encoded once, if they are many.
     A row ends with the tokenizer's end-of-text token or after `max_new_tokens`, and then leaves its batch.
 
     Args:
@@ -101,7 +104,6 @@ def generate_answers(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         processor=processor,
-        reuse_prefix=reuse_prefix,
     ):
         answers |= batch
     return [answers[i] for i in range(len(answers))]

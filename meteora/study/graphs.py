@@ -80,7 +80,7 @@ class FixedLayer(DynamicLayer):
 
 
 class FixedSteps:
-    """Steps of at most one token a row, until `close`. On a GPU the third and all later ones are replayed.
+    """Steps of at most one token a row, until `close`. On a GPU all but the first, or the first two, are replayed.
 
     A recording reads the model's state as it was: adapters, gates and routing must stay the same until `close`, and
     hooks or traces see nothing of a replay.
@@ -141,14 +141,14 @@ class FixedSteps:
 
 
 class StepGraph:
-    """A step on a GPU: run twice as it is, which compiles and allocates what it needs, then recorded and replayed.
+    """A step on a GPU: run once as it is, which compiles and allocates what it needs, then recorded and replayed.
 
-    A step that waits for the GPU cannot be recorded; the model's steps then stay as they are.
+    A step that waits for the GPU cannot be recorded: if the second does as well, the model's steps stay as they are.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._runs = 0
+        self._ran = self._proved = False  # whether a step has run, and one without waiting for the GPU
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
 
@@ -169,14 +169,17 @@ class StepGraph:
 
     def _run_or_record(self, step: Callable[[], Tensor], pool: Any) -> Tensor | None:
         """The step's result, or none where it was recorded, which computes nothing yet."""
-        self._runs += 1
-        if self._runs == 1 or self._model in _refused:
+        if self._model in _refused:
             return step()
-        if self._runs == 2:
+        if not self._proved:
             results: list[Tensor] = []
             if not waits_for_gpu(lambda: results.append(step())):
+                self._proved = True
                 return results[0]
-            self._refuse("it waits for the GPU")
+            # The first time a model may wait for what it makes once and keeps.
+            if self._ran:
+                self._refuse("it waits for the GPU")
+            self._ran = True
             return step()
         try:
             self._graph, self._result = record(step, pool)
