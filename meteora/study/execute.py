@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from meteora.study.records import RunError
 
 logger = logging.getLogger(__name__)
 
+_BAR = re.compile(r"\d%\|.*\|")  # tqdm's, in any state
+# nbconvert's own style sets code in a proportional font where a cell displays it, and breaks it inside words
+_STYLE = ".jp-OutputArea-output pre{word-break:normal;overflow-wrap:anywhere;font-family:var(--jp-code-font-family)}"
+
 
 class NotebookError(RunError):
     """A notebook that failed; the message names it, the cell, and the error."""
@@ -34,7 +40,8 @@ class _OwnKernel(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         kernel = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"])
         # tqdm advises to install ipywidgets, whose bars would be missing from a page that nobody's browser runs
-        env = {"PYTHONWARNINGS": "ignore:IProgress not found"}
+        # PEFT asks every attribute of a model, also those that transformers calls deprecated
+        env = {"PYTHONWARNINGS": "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"}
         # with another backend, which a machine without a screen may have set, a page shows no figure
         env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
         return KernelSpec(**kernel, env=env)
@@ -114,7 +121,20 @@ def run_notebook(notebook: Path, executed: Path, page: Path, parameters: dict[st
 
 
 def _to_html(node: Any, notebook: Path) -> str:
-    """One HTML file with its pictures inside."""
+    """One HTML file with its pictures inside, without the bars, which say on a page only that their work is done."""
     config = Config({"HTMLExporter": {"embed_images": True}})
     resources = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
-    return HTMLExporter(config=config).from_notebook_node(node, resources=resources)[0]
+    page = HTMLExporter(config=config).from_notebook_node(_without_bars(node), resources=resources)[0]
+    return page.replace("</head>", f"<style>{_STYLE}</style></head>", 1)
+
+
+def _without_bars(node: Any) -> Any:
+    node = copy.deepcopy(node)
+    for cell in node.cells:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                lines = output.text.splitlines(keepends=True)
+                output.text = "".join(line for line in lines if line.strip() and not _BAR.search(line))
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text]
+    return node

@@ -45,8 +45,8 @@ BACKEND_LABELS = {
     "dense": "dense (all adapters, masked)",
     "triton": "triton (fused kernels)",
     "auto": "auto (whichever is best)",
-    "single_lora": "bound: one LoRA",
-    "base": "bound: frozen layer alone",
+    "single_lora": "single_lora (one LoRA, the bound)",
+    "base": "base (the frozen layer alone)",
 }
 _RC = {
     "font.size": 9,

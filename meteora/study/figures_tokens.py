@@ -42,20 +42,20 @@ def figure4_html(
         written: whether the model wrote a token itself; such tokens are underlined.
     """
     _check(tokens, dominant, weight, adapters, written)
-    colors = list(adapter_colors(adapters).values())
+    colors = _colors(dominant, adapters)
     spans = []
     for n, (token, index, share) in enumerate(zip(tokens, dominant, weight)):
         back = token_shade(colors[index], share, len(adapters))
         style = f"background:{back};color:{readable_on(back)}"
         if written is not None and written[n]:
-            style += ";border-bottom:2px solid #333"
+            style += ";border-bottom:2px solid currentColor"
         hint = html.escape(f"{adapters[index]}: {share:.2f}", quote=True)
         text = html.escape(token.replace("\n", "⏎\n"))
         spans.append(f'<span style="{style}" title="{hint}">{text}</span>')
     keys = [
-        f'<span style="background:{colors[n]};color:{readable_on(colors[n])};padding:1px 6px;margin-right:6px">'
+        f'<span style="background:{colors[n]};color:{readable_on(colors[n])};padding:1px 6px;margin-right:6px;white-space:nowrap">'
         f"{html.escape(adapters[n])}</span>"
-        for n in sorted(set(dominant))
+        for n in colors
     ]
     note = "The darker, the higher the weight."
     if written is not None:
@@ -63,7 +63,7 @@ def figure4_html(
     return (
         '<div style="font-family:sans-serif;font-size:13px;max-width:980px;background:#fff;color:#000;padding:8px">'
         f'<p style="margin:4px 0"><b>{html.escape(title)}</b></p>'
-        f'<p style="margin:4px 0;line-height:2">{"".join(keys)}</p><p style="margin:4px 0;color:#555">{note}</p>'
+        f'<p style="margin:4px 0;line-height:2">{" ".join(keys)}</p><p style="margin:4px 0;color:#555">{note}</p>'
         '<div style="font-family:monospace;font-size:12px;line-height:1.7;white-space:pre-wrap;overflow-wrap:anywhere">'
         f"{''.join(spans)}</div></div>\n"
     )
@@ -81,11 +81,10 @@ def figure4_tokens(
 ) -> Figure:
     """Figure 4 as a picture, in lines of ``columns`` characters; arguments as of :func:`figure4_html`."""
     _check(tokens, dominant, weight, adapters, written)
-    colors = list(adapter_colors(adapters).values())
+    colors = _colors(dominant, adapters)
     places, lines = _places(tokens, columns)
     width, height = columns * _CHARACTER * _SIZE / 72, lines * 1.55 * _SIZE / 72  # inches
-    used = sorted(set(dominant))
-    rows = -(-len(used) // 3)
+    rows = -(-len(colors) // 3)
     top, margin = 0.25 + 0.2 * rows, 0.15  # inches, for the legend and around the text
     figure = plt.figure(figsize=(width + 2 * margin, height + top + 2 * margin))
     full_width, full_height = figure.get_size_inches()
@@ -98,12 +97,18 @@ def figure4_tokens(
     note = "dominant adapter; darker: higher weight"
     if written is not None:
         note += "; underlined: written by the model"
-    handles = [Patch(color=colors[n], label=adapters[n]) for n in used]
+    handles = [Patch(color=colors[n], label=adapters[n]) for n in colors]
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(margin / full_width, 1.0), ncols=3, fontsize=8,
         title=note, title_fontsize=8, alignment="left", borderaxespad=0.3,
     )  # fmt: skip
     return figure
+
+
+def _colors(dominant: Sequence[int], adapters: Sequence[str]) -> dict[int, str]:
+    """A colour for each adapter that is some token's: shades of one hue are left to weights as long as hues suffice."""
+    used = sorted(set(dominant))
+    return dict(zip(used, adapter_colors([adapters[n] for n in used]).values(), strict=True))
 
 
 def _draw_piece(axes: Axes, piece: str, line: int, start: int, back: str, underline: bool) -> None:
@@ -114,7 +119,7 @@ def _draw_piece(axes: Axes, piece: str, line: int, start: int, back: str, underl
         parse_math=False,
     )  # fmt: skip
     if underline:
-        axes.plot([start, start + len(piece)], [line + 0.93] * 2, color="#333333", linewidth=1.0, solid_capstyle="butt")
+        axes.plot([start, start + len(piece)], [line + 0.93] * 2, color=readable_on(back), linewidth=1.0, solid_capstyle="butt")
 
 
 def _places(tokens: Sequence[str], columns: int) -> tuple[list[tuple[int, str, int, int]], int]:
