@@ -86,5 +86,5 @@ def switching_curves(switching: pd.DataFrame, *, adapters: int, most: int = 48) 
         axes.axhline(1 / adapters, color=GREY, linestyle="--", linewidth=1, label=f"guessing among {adapters}")
         axes.set(title=f"{part} tokens", xlabel=f"token of the {part}", ylim=(-0.02, 1.02))
     panels[0].set_ylabel("share of tokens by dominant adapter")
-    legend_below(figure, panels[0], columns=3)
+    legend_below(figure, panels[0], columns=len(sizes) + 1)  # filled column by column: one a size
     return figure
