@@ -297,6 +297,32 @@ def test_manifest(study) -> None:
     assert {"git_revision", "versions", "device", "seed", "inputs"} <= set(manifest)
 
 
+def test_the_manifest_says_with_what_each_notebook_was_run(study, monkeypatch) -> None:
+    def made_by(revision: str, *numbers: str) -> list[str]:
+        monkeypatch.setattr(run, "git_revision", lambda: revision)
+        monkeypatch.setattr(run, "versions", lambda: {"torch": revision})
+        study.run(*numbers)
+        manifest = json.loads((study.workspace.results / "manifest.json").read_text())
+        assert manifest["git_revision"] == revision and manifest["versions"] == {"torch": revision}
+        notebooks = manifest["notebooks"]
+        assert all(entry["versions"] == {"torch": entry["git_revision"]} for entry in notebooks.values())
+        return [notebooks[STAGES[n].notebook]["git_revision"] for n in ("01", "02", "03") if STAGES[n].notebook in notebooks]
+
+    assert made_by("first", "01", "02") == ["first", "first"]
+    assert made_by("second") == ["first", "first", "second"], "what was up to date was not run again"
+
+    def without(entry: dict) -> dict:
+        return {key: value for key, value in entry.items() if key not in ("git_revision", "versions")}
+
+    path = study.workspace.results / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["notebooks"] = {name: without(entry) for name, entry in manifest["notebooks"].items()}
+    manifest["notebooks"][STAGES["03"].notebook]["started"] = "before it was run again"
+    path.write_text(json.dumps(manifest))
+    study.write("03", "print('changed')")
+    assert made_by("third") == ["second", "second", "third"], "a manifest of before said it once, for all notebooks"
+
+
 # With a real kernel --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import signal
 import subprocess
 import sys
@@ -158,19 +159,29 @@ def git_revision() -> str | None:
 
 
 def write_manifest(workspace: Workspace, records: Records) -> Path:
-    """``results/<profile>/manifest.json``: what the results there were made from, on what, and how long it took."""
-    done = {s: r for s in existing_stages(records.notebooks) if (r := records.read(s)) is not None}
-    notebooks = {
-        stage.notebook: {key: r[key] for key in ("started", "seconds", "device")} | {"peak": records.peak(stage)}
-        for stage, r in done.items()
-    }
+    """``results/<profile>/manifest.json``: what the results there were made from, on what, and how long it took.
+
+    A notebook that an earlier run has executed, perhaps on another machine, keeps the revision and the versions of then.
+    """
+    path = workspace.results / "manifest.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"notebooks": {}}
+    now = {"git_revision": git_revision(), "versions": versions()}
+    notebooks = {}
+    for stage in existing_stages(records.notebooks):
+        if (ran := records.read(stage)) is None:
+            continue
+        left, made = before["notebooks"].get(stage.notebook), now
+        if left is not None and left["started"] == ran["started"]:
+            made = {key: left.get(key, before[key]) for key in now}
+        entry = {key: ran[key] for key in ("started", "seconds", "device")}
+        notebooks[stage.notebook] = entry | {"peak": records.peak(stage)} | made
     return workspace.write_json(
         "manifest.json",
         {
-            "git_revision": git_revision(),
+            "git_revision": now["git_revision"],
             "profile": workspace.profile.to_dict(),
             "seed": workspace.profile.seed,
-            "versions": versions(),
+            "versions": now["versions"],
             "device": device_name(workspace.profile.model.device),
             "notebooks": notebooks,
             "inputs": input_hashes(workspace),
