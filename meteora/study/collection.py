@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "adapters.json"
 HISTORY = "adapter_training.csv"
+TOKENS_AT_ONCE = 32_768  # without gradients; a task's validation examples as a rule
 
 Examples = Mapping[str, Sequence[Example]]
 
@@ -250,7 +251,7 @@ def adapter_losses(
         texts = [row for name in names for row in examples[name]]
         for task, group in by_task(encode(texts, names, tokenizer, max_length)).items():
             tokens = sum(sample.response_tokens for sample in group)
-            batches = list(micro_batches(group, 8192, tokenizer.pad_token_id, device))
+            batches = list(micro_batches(group, TOKENS_AT_ONCE, tokenizer.pad_token_id, device))
             with model.disable_adapters():
                 base = sum(response_losses(model, batch).sum().item() for batch in batches) / tokens
             with model.route_to(model.adapter_names[task]):
