@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 
@@ -11,8 +12,9 @@ import pytest
 
 import meteora
 from data_prep.base_models import load_base_model
+from meteora.adapters import file_sha256
 from meteora.study.benchmark_rows import RowFile, make_row
-from meteora.study.profiles import REPOSITORY
+from meteora.study.profiles import REPOSITORY, load_profile
 from meteora.study.readme import (
     NO_RESULTS, README, READMES, claims_block, fill, results_block, speed_block, training_block,
 )  # fmt: skip
@@ -32,6 +34,14 @@ def changed_in_checkout(folder: str) -> bool:
 def test_generated_tables_are_up_to_date(path) -> None:
     text = path.read_text(encoding="utf-8")
     assert fill(text, READMES[path]()) == text, "run .venv/bin/meteora-study --readme"
+
+
+def test_the_adapters_that_come_with_the_repository_are_those_of_the_laptops_record() -> None:
+    folder = load_profile("laptop").adapters.path
+    manifest = json.loads((REPOSITORY / "results" / "laptop" / "manifest.json").read_text(encoding="utf-8"))
+    recorded = {name: sha for name, sha in manifest["inputs"]["files"].items() if name.startswith("adapters/")}
+    here = {f"adapters/{path.relative_to(folder).as_posix()}": file_sha256(path) for path in folder.glob("*/*.safetensors")}
+    assert here == recorded, "run profile laptop anew, or take the adapters back"
 
 
 def test_drift_is_noticed() -> None:
