@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from meteora.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")  # torch's, of what is used here
 
 Step = Callable[[], Any]
 
@@ -124,8 +125,7 @@ def waiting_is_an_error() -> Iterator[None]:
     Asking is safer than trying: a capture that fails may leave torch's allocator as if it were still going on.
     """
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch says each time that this is a prototype
-        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

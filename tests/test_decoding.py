@@ -5,6 +5,7 @@ Everything is tested with steps over a growing and over a fixed cache; on a GPU,
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,34 @@ def test_limits_of_zero_and_misuse(tiny, encoded, start):
         batch.decode([1] * 4)
     with pytest.raises(ValueError, match="at least one token"):
         TranscriptBatch(tiny[0], 1, pad_token_id=0, eos_token_id=1).extend([[]])
+
+
+@pytest.mark.parametrize("waits, expected", [([], "rpp"), ([0], "wrrp"), ([0, 1], "wrwrr")])
+def test_a_step_is_recorded_once_it_was_run_without_waiting(tiny, monkeypatch, caplog, waits, expected):
+    """Of three calls: r is a run, w one that is broken off because it waits, p a recording's replay."""
+    model, done, tried = copy.copy(tiny[0]), [], iter(range(9))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def waits_for_gpu(call):
+        if next(tried) in waits:
+            done.append("w")
+            return True
+        call()
+        return False
+
+    def record(step, pool):
+        return SimpleNamespace(replay=lambda: done.append("p")), "a result"
+
+    monkeypatch.setattr(graphs, "waits_for_gpu", waits_for_gpu)
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "_recorder", lambda device: (stream, "pool", None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    graph = graphs.StepGraph(model, torch.device("cuda"))
+    results = [graph.run(lambda: done.append("r") or "a step") for _ in range(3)]
+    assert "".join(done) == expected
+    assert results[-1] == ("a step" if waits == [0, 1] else "a result")
+    assert (model in graphs._refused) == (waits == [0, 1]) == ("cannot be a CUDA graph" in caplog.text)
 
 
 @pytest.fixture(scope="module")

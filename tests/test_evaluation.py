@@ -76,9 +76,9 @@ def count_rows(monkeypatch, stop_after=None):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize("worth", [0, 1_000_000], ids=["prefix encoded once", "prefix in every row"])
-def test_answers_equal_generate_whatever_the_batch(tiny, examples, top_k, batch_size, worth, monkeypatch):
-    monkeypatch.setattr(evaluation, "WORTH_A_PASS", worth)
+@pytest.mark.parametrize("apart", [True, False], ids=["prefix apart", "prefix in every row"])
+def test_answers_equal_generate_whatever_the_batch(tiny, examples, top_k, batch_size, apart, monkeypatch):
+    monkeypatch.setattr(evaluation, "_worth_a_pass", lambda model, tokens: apart)
     model, tokenizer = tiny
     prompts = [row["prompt"] for rows in examples.values() for row in rows[:2]] + ["[INST] x"]
     model.set_top_k(top_k)
@@ -94,6 +94,13 @@ def test_answers_equal_generate_whatever_the_batch(tiny, examples, top_k, batch_
     assert expected == generate_answers(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=NEW)
 
 
+def test_a_prefix_is_encoded_apart_on_a_gpu_only_if_it_saves_more_than_a_pass_costs(tiny, monkeypatch):
+    model, _ = tiny
+    assert [evaluation._worth_a_pass(model, tokens) for tokens in (0, 1)] == [False, True]
+    monkeypatch.setattr(evaluation, "model_device", lambda model: torch.device("cuda"))
+    assert [evaluation._worth_a_pass(model, tokens) for tokens in (0, 1, 10**9)] == [False, False, True]
+
+
 def test_common_prefix_is_encoded_once(tiny, examples, monkeypatch):
     model, tokenizer = tiny
     prompts = [row["prompt"] for row in examples["toy_parity"]]
@@ -104,7 +111,6 @@ def test_common_prefix_is_encoded_once(tiny, examples, monkeypatch):
         fed.append(kwargs["input_ids"].numel())
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "WORTH_A_PASS", 0)
     monkeypatch.setattr(MeteoraModel, "forward", counted)
     generate_answers(model, tokenizer, prompts, batch_size=5, max_new_tokens=1)
     shared = len(tokenizer("[INST] Odd or even: ")["input_ids"])
@@ -146,8 +152,7 @@ def test_tasks_are_answered_together_where_batches_have_room(tiny, examples, tmp
     if tokens_per_batch is None:
         assert rows == [10, 5, 5, 5, 5, 10, 5]  # base; peft, which is told the task, by task; MeteoRA
     else:
-        assert all(len(lengths) == 1 or max(lengths) * len(lengths) <= 40 for lengths in prompts.values())
-        assert len(rows) > 7
+        assert all(max(lengths) * len(lengths) <= 40 for lengths in prompts.values()) and len(rows) > 7
     del rows[:]
     del_file = tmp_path / "together" / "independent" / "base" / "toy_parity.jsonl"
     del_file.unlink()

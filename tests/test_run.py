@@ -311,17 +311,6 @@ def test_the_manifest_says_with_what_each_notebook_was_run(study, monkeypatch) -
     assert made_by("first", "01", "02") == ["first", "first"]
     assert made_by("second") == ["first", "first", "second"], "what was up to date was not run again"
 
-    def without(entry: dict) -> dict:
-        return {key: value for key, value in entry.items() if key not in ("git_revision", "versions")}
-
-    path = study.workspace.results / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["notebooks"] = {name: without(entry) for name, entry in manifest["notebooks"].items()}
-    manifest["notebooks"][STAGES["03"].notebook]["started"] = "before it was run again"
-    path.write_text(json.dumps(manifest))
-    study.write("03", "print('changed')")
-    assert made_by("third") == ["second", "second", "third"], "a manifest of before said it once, for all notebooks"
-
 
 # With a real kernel --------------------------------------------------------------------------------------------------
 

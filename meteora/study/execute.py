@@ -24,7 +24,7 @@ from meteora.study.records import RunError
 
 logger = logging.getLogger(__name__)
 
-_BAR = re.compile(r"\d%\|.*\|")  # tqdm's, in any state
+_BAR = re.compile(r"[^\n]*?\d%\|[^|\n]*\|[^\[\n]*\[[^\]\n]*\]")  # tqdm's; what was written while it moved stands behind
 # nbconvert's own style sets code in a proportional font where a cell displays it, and breaks it inside words
 _STYLE = ".jp-OutputArea-output pre{word-break:normal;overflow-wrap:anywhere;font-family:var(--jp-code-font-family)}"
 
@@ -133,8 +133,8 @@ def _without_bars(node: Any) -> Any:
     for cell in node.cells:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
-                lines = output.text.splitlines(keepends=True)
-                output.text = "".join(line for line in lines if line.strip() and not _BAR.search(line))
+                lines = _BAR.sub("", output.text).splitlines(keepends=True)
+                output.text = "".join(line for line in lines if line.strip())
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text]
     return node

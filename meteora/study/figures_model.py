@@ -11,7 +11,7 @@ from meteora.study.figures_benchmark import draw_lines, log_axis, variable_axis
 from meteora.study.figures_style import BACKEND_LABELS, INK, legend_below, styled
 from meteora.study.tables import require_columns
 
-_LABELS = BACKEND_LABELS | {"base": "bound: base model alone", "single_lora": "bound: PEFT, one adapter"}
+_LABELS = BACKEND_LABELS | {"base": "base model alone", "single_lora": "PEFT, one adapter"}
 # Mode -> what is on the x axis, its name, and what is one number in a panel.
 _COLUMNS = {"prefill": ("tokens", "tokens of the prompt", "batch"), "decode": ("batch", "contexts at once", "tokens")}
 _LINES = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import signal
 import subprocess
 import sys
@@ -105,6 +104,7 @@ def _run_stage(stage: Stage, workspace: Workspace, records: Records, profile_sou
     from meteora.study.execute import run_notebook  # takes a second to import, which a run of skips saves
 
     records.start(stage)
+    made_by = {"git_revision": git_revision(), "versions": versions()}  # a checkout may change while a notebook runs
     begin = time.perf_counter()
     try:
         run_notebook(
@@ -117,7 +117,7 @@ def _run_stage(stage: Stage, workspace: Workspace, records: Records, profile_sou
             if not path.exists():
                 raise RunError(f"{stage.notebook} ended without leaving {path}; it must write it.")
         taken = time.perf_counter() - begin
-        records.finish(stage, taken, device=device_name(workspace.profile.model.device))
+        records.finish(stage, taken, device=device_name(workspace.profile.model.device), **made_by)
         return taken
     finally:
         records.stop(stage)
@@ -161,27 +161,21 @@ def git_revision() -> str | None:
 def write_manifest(workspace: Workspace, records: Records) -> Path:
     """``results/<profile>/manifest.json``: what the results there were made from, on what, and how long it took.
 
-    A notebook that an earlier run has executed, perhaps on another machine, keeps the revision and the versions of then.
+    Revision, versions and device stand there once more for each notebook, as not all may have been run by one command.
     """
-    path = workspace.results / "manifest.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"notebooks": {}}
-    now = {"git_revision": git_revision(), "versions": versions()}
-    notebooks = {}
-    for stage in existing_stages(records.notebooks):
-        if (ran := records.read(stage)) is None:
-            continue
-        left, made = before["notebooks"].get(stage.notebook), now
-        if left is not None and left["started"] == ran["started"]:
-            made = {key: left.get(key, before[key]) for key in now}
-        entry = {key: ran[key] for key in ("started", "seconds", "device")}
-        notebooks[stage.notebook] = entry | {"peak": records.peak(stage)} | made
+    facts = ("started", "seconds", "device", "git_revision", "versions")
+    notebooks = {
+        stage.notebook: {key: ran.get(key) for key in facts} | {"peak": records.peak(stage)}
+        for stage in existing_stages(records.notebooks)
+        if (ran := records.read(stage)) is not None
+    }
     return workspace.write_json(
         "manifest.json",
         {
-            "git_revision": now["git_revision"],
+            "git_revision": git_revision(),
             "profile": workspace.profile.to_dict(),
             "seed": workspace.profile.seed,
-            "versions": now["versions"],
+            "versions": versions(),
             "device": device_name(workspace.profile.model.device),
             "notebooks": notebooks,
             "inputs": input_hashes(workspace),

@@ -149,8 +149,9 @@ def table2_caption(composite: pd.DataFrame) -> str:
     """What Table 2 covers, and how to read it."""
     tasks = set(composite["subtask"]) - {"ALL"}
     sizes = ", ".join(f"composite-{size}" for size in sorted(composite["composite"].unique()))
+    of = f" of {coverage(tasks)}, per sub-task" if tasks else ""
     return (
-        f"Table 2. {sizes} of {coverage(tasks)}, per sub-task, with 95% bootstrap intervals. attempted and correct are "
+        f"Table 2. {sizes}{of}, with 95% bootstrap intervals. attempted and correct are "
         "answers per item; T is the gates' temperature, which matters to MeteoRA alone. numbered: the paper's prompts; "
         "guided: the same, the numbers being written for the model; sequential: problem, own answer, next problem in "
         "one context, where PEFT is told the task of each problem."
