@@ -140,6 +140,14 @@ def test_gate_curves_leave_out_a_loss_that_was_not_computed():
     assert "nats" in loss.get_ylabel()
 
 
+def test_gate_curves_name_what_stands_in_for_the_language_modelling_loss():
+    steps = pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0], "lm_loss": [1.0, 0.5]})
+    steps = steps.assign(gate_loss=steps["loss"], gate_accuracy=[0.2, 0.5])
+    loss, _ = figures.gate_curves(steps, stand_in="squared error").axes
+    assert loss.get_legend_handles_labels()[1] == ["total loss", "squared error", "gate cross-entropy"]
+    assert loss.get_ylabel() == "loss"
+
+
 @pytest.mark.parametrize("count", [1, 6, 28])
 def test_adapter_curves_mark_what_was_kept(count):
     rows = [(s, f"t{t}", "train", 1.0 / s) for t in range(count) for s in range(1, 5)]

@@ -66,8 +66,8 @@ def test_a_page_shows_its_figures_whatever_backend_matplotlib_has_been_given(tmp
 
 def test_a_page_shows_warnings_and_no_bars(tmp_path):
     bar = "import sys\nfrom tqdm import tqdm\nfor _ in tqdm(range(3), desc='all of it'):\n    "
-    sources = [bar + "pass", bar + "pass\nprint('mind', 'the gap', file=sys.stderr)", bar + "print('beware', 'of it', file=sys.stderr)"]
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    behind, within = "pass\nprint('mind', 'the gap', file=sys.stderr)", "print('beware', 'of it', file=sys.stderr)"
+    cells = [nbformat.v4.new_code_cell(bar + rest) for rest in ("pass", behind, within)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "bars.ipynb")
     run_notebook(tmp_path / "bars.ipynb", tmp_path / "out.ipynb", tmp_path / "out.html", {})
     assert "all of it: 100%" in (tmp_path / "out.ipynb").read_text(encoding="utf-8")

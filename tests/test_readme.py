@@ -40,7 +40,8 @@ def test_the_adapters_that_come_with_the_repository_are_those_of_the_laptops_rec
     folder = load_profile("laptop").adapters.path
     manifest = json.loads((REPOSITORY / "results" / "laptop" / "manifest.json").read_text(encoding="utf-8"))
     recorded = {name: sha for name, sha in manifest["inputs"]["files"].items() if name.startswith("adapters/")}
-    here = {f"adapters/{path.relative_to(folder).as_posix()}": file_sha256(path) for path in folder.glob("*/*.safetensors")}
+    paths = {f"adapters/{path.relative_to(folder).as_posix()}": path for path in folder.glob("*/*.safetensors")}
+    here = {name: file_sha256(path) for name, path in paths.items()}
     assert here == recorded, "run profile laptop anew, or take the adapters back"
 
 

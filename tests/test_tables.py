@@ -100,6 +100,9 @@ def test_table1_per_task_keeps_the_intervals_of_the_file():
     assert table.loc["winowhy", "LoRA-B"] == "0.500 [0.250, 0.500]"
     assert table.loc["winowhy", "n"] == 40
     assert list(table.index) == ["cs_algorithms", "winowhy"]
+    values = tables.table1_tasks(INDEPENDENT, intervals=False).set_index("task")
+    assert values.loc["winowhy", "LoRA-B"] == "0.500" and values.loc["winowhy", "n"] == 40
+    assert list(values.columns) == list(table.columns)
 
 
 def test_methods_on_other_tasks_cannot_be_averaged():

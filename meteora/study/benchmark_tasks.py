@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.base_models import SMOLLM2_NAME, TINY_NAME, load_base_model, smollm2_directory
 from data_prep.prepare import MANIFEST, load_split
+from meteora.batches import token_ids
 from meteora.study.artifacts import Workspace, write_json
 from meteora.study.benchmark_layer import (
     Cell,
@@ -65,7 +66,7 @@ def prompt_lengths(workspace: Workspace) -> dict[str, list[int]]:
     tokenizer, lengths = _tokenizer(workspace), {}
     for task in json.loads(manifest.read_text(encoding="utf-8"))["tasks"]:
         prompts = [row["prompt"] for row in load_split(workspace.data, task, "test")[: made_of["prompts"]]]
-        lengths[task] = [len(tokens) for tokens in tokenizer(prompts)["input_ids"]]
+        lengths[task] = list(map(len, token_ids(tokenizer, prompts)))
     write_json(path, {"made_of": made_of, "lengths": lengths})
     return lengths
 

@@ -20,7 +20,8 @@ import torch
 
 from meteora.study.graphs import FixedSteps, can_be_fixed
 
-# What preparing fixed steps costs: about one step as Python runs it, or three where it has to be done again.
+# Preparing fixed steps costs about one step as Python runs it, or two where it has to be done again: on a slow CPU a
+# fifth of a second, in which a GPU does some fifty steps.
 LEAST_STEPS = 4  # for fewer, they are not worth it
 LEAST_STEPS_AGAIN = 64  # nor, for fewer, a smaller batch
 

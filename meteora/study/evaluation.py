@@ -18,7 +18,8 @@ from meteora.study.measures import Example, Row, strict_scores, task_rows
 from meteora.study.predictions import PredictionFile, file_name
 from meteora.study.statistics import paired_difference_over_tasks
 
-# Tokens times parameters: with less to encode a GPU is done while Python starts a pass. 15,000 tokens of a model of 135M.
+# Tokens times parameters: with less to encode, a GPU is done while Python starts a pass. Of a model of 135M parameters
+# that is 15,000 tokens.
 WORTH_A_PASS = 2e12
 
 Accuracies = dict[str, dict[str, list[float]]]  # method -> task -> 1.0 or 0.0 per sample
@@ -31,7 +32,7 @@ def answer_budget(tokenizer, responses: Iterable[str], *, cap: int) -> int:
     Answers of most tasks are a few tokens long; a method that has not learned to stop would otherwise spend most of the
     run's time on text that no metric looks at. Test responses are not consulted.
     """
-    longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in responses), default=0)
+    longest = max(map(len, token_ids(tokenizer, list(responses), add_special_tokens=False)), default=0)
     return min(cap, max(8, 2 * longest))
 
 

@@ -53,8 +53,8 @@ def figure4_html(
         text = html.escape(token.replace("\n", "⏎\n"))
         spans.append(f'<span style="{style}" title="{hint}">{text}</span>')
     keys = [
-        f'<span style="background:{colors[n]};color:{readable_on(colors[n])};padding:1px 6px;margin-right:6px;white-space:nowrap">'
-        f"{html.escape(adapters[n])}</span>"
+        f'<span style="background:{colors[n]};color:{readable_on(colors[n])};padding:1px 6px;margin-right:6px;'
+        f'white-space:nowrap">{html.escape(adapters[n])}</span>'
         for n in colors
     ]
     note = "The darker, the higher the weight."
@@ -119,7 +119,8 @@ def _draw_piece(axes: Axes, piece: str, line: int, start: int, back: str, underl
         parse_math=False,
     )  # fmt: skip
     if underline:
-        axes.plot([start, start + len(piece)], [line + 0.93] * 2, color=readable_on(back), linewidth=1.0, solid_capstyle="butt")
+        ends = [start, start + len(piece)]
+        axes.plot(ends, [line + 0.93] * 2, color=readable_on(back), linewidth=1.0, solid_capstyle="butt")
 
 
 def _places(tokens: Sequence[str], columns: int) -> tuple[list[tuple[int, str, int, int]], int]:

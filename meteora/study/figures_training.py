@@ -20,27 +20,29 @@ _LOSSES = {
 
 @styled
 def gate_curves(
-    gate_training: pd.DataFrame, *, adapters: int | None = None, lm_loss: str = "language-modelling loss"
+    gate_training: pd.DataFrame, *, adapters: int | None = None, stand_in: str | None = None
 ) -> Figure:
     """Losses and gate accuracy over the steps, each step pale and a running mean over 1/40 of the steps on top.
 
     Args:
         gate_training: rows ``step,loss,lm_loss,gate_loss,gate_accuracy``; a loss that was not computed is empty.
         adapters: draws the accuracy of a gate that guesses among so many.
-        lm_loss: what the model's own loss is; one of another name is not in nats.
+        stand_in: what ``lm_loss`` is where it is no language-modelling loss, hence not in nats.
     """
     require_columns(gate_training, ("step", "loss", "lm_loss", "gate_loss", "gate_accuracy"), "gate_training.csv")
     figure = plt.figure(figsize=(8.5, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for column, (text, color, line) in _LOSSES.items():
-        _curve(left, gate_training["step"], gate_training[column], color, line, lm_loss if column == "lm_loss" else text)
-    unit = "loss (nats per token)" if lm_loss == _LOSSES["lm_loss"][0] else "loss"
+        label = stand_in if stand_in and column == "lm_loss" else text
+        _curve(left, gate_training["step"], gate_training[column], color, line, label)
+    unit = "loss" if stand_in else "loss (nats per token)"
     left.set(xlabel="step (optimiser updates)", ylabel=unit, title="Loss (bold: running mean)")
     left.set_ylim(0, 1.06 * left.dataLim.y1)
     _curve(right, gate_training["step"], gate_training["gate_accuracy"], BLUE, "-", "gates' first choice")
     if adapters:
         right.axhline(1 / adapters, color=GREY, linestyle=":", label=f"guessing among {adapters}")
-    right.set(xlabel="step (optimiser updates)", ylabel="share of tokens and layers", title="Gate accuracy (bold: running mean)")
+    right.set(xlabel="step (optimiser updates)", ylabel="share of tokens and layers")
+    right.set_title("Gate accuracy (bold: running mean)")
     right.set_ylim(0, 1.02)
     handles = [handle for axes in (left, right) for handle in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

@@ -143,8 +143,8 @@ class FixedSteps:
 class StepGraph:
     """A step on a GPU: run once as it is, which compiles and allocates what it needs, then recorded and replayed.
 
-    A step that waits for the GPU cannot be recorded. It is broken off there and run again; if the next waits as well, the
-    model's steps stay as they are.
+    A step that waits for the GPU cannot be recorded. It is broken off there and run again; if the next waits as well,
+    the model's steps stay as they are.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from meteora import MeteoraModel
+from meteora.batches import token_ids
 from meteora.study.decoding import model_device
 from meteora.study.measures import Row
 
@@ -38,7 +39,7 @@ def routing_rows(
     with tqdm(total=sum(map(len, prompts.values())), unit="prompt", desc="routing", disable=not progress) as bar:
         for task, texts in prompts.items():
             sums: dict[str, torch.Tensor] = {}  # module -> (N,)
-            encoded = sorted((tokenizer(text)["input_ids"] for text in texts), key=len)
+            encoded = sorted(token_ids(tokenizer, texts), key=len)
             for start in range(0, len(encoded), batch_size):
                 batch = encoded[start : start + batch_size]
                 for module, mass in _batch_mass(model, batch, tokenizer.pad_token_id).items():

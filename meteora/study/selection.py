@@ -22,6 +22,7 @@ from data_prep.sources import BIGBENCH
 from data_prep.tasks import get_task
 from meteora import MeteoraModel, train_adapters
 from meteora.adapters import adapter_directory
+from meteora.batches import token_ids
 from meteora.study.artifacts import device_name, versions, write_json, write_text
 from meteora.study.baselines import build_methods
 from meteora.study.collection import HISTORY
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def mean_tokens(tokenizer, examples: Sequence[Mapping]) -> float:
     """Mean number of tokens of prompt and response."""
-    return sum(len(tokenizer(row["prompt"] + row["response"])["input_ids"]) for row in examples) / len(examples)
+    return sum(map(len, token_ids(tokenizer, [row["prompt"] + row["response"] for row in examples]))) / len(examples)
 
 
 def choose(candidates: pandas.DataFrame, count: int) -> list[str]:

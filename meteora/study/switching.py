@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from data_prep.composite import CompositeItem
 from meteora import MeteoraModel
+from meteora.batches import token_ids
 from meteora.study.measures import Row
 from meteora.study.routing import token_routing
 from meteora.study.sequential import transcript
@@ -60,7 +61,7 @@ def trace_switching(
     by_item: dict[str, list[float]] = {part: [] for part in PARTS}
     with tqdm(total=len(items), desc="switching", unit="item", disable=not progress) as bar, active():
         for item, texts in zip(items, answers, strict=True):
-            written = [tokenizer(text or "", add_special_tokens=False)["input_ids"] for text in texts]
+            written = token_ids(tokenizer, [text or "" for text in texts], add_special_tokens=False)
             text = transcript(tokenizer, [example["prompt"] for example in item.examples], written)
             routing = token_routing(model, text.tokens)
             adapters = [model.adapter_names.index(task) for task in item.tasks]

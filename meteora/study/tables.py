@@ -87,13 +87,15 @@ def table1(independent: pd.DataFrame) -> pd.DataFrame:
     return table.fillna("")
 
 
-def table1_tasks(independent: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
-    """The table behind Table 1: one row a task, one column a method, and n; intervals in brackets."""
+def table1_tasks(independent: pd.DataFrame, metric: str = "accuracy", *, intervals: bool = True) -> pd.DataFrame:
+    """The table behind Table 1: one row a task, one column a method, and n; intervals, if wanted, in brackets."""
     require_columns(independent, INDEPENDENT_COLUMNS, "independent.csv")
     frame = independent[independent["metric"] == metric]
     if frame.empty:
         known = ", ".join(independent["metric"].unique())
         raise ValueError(f"independent.csv has no metric {metric!r}; it has {known}.")
+    if not intervals:
+        frame = frame.assign(low=None, high=None)
     rows = []
     for task, part in frame.groupby("task"):
         cells = {row.method: interval_text(row.value, row.low, row.high, metric) for row in part.itertuples()}
