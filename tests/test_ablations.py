@@ -199,6 +199,32 @@ def test_the_command_writes_what_is_kept_of_every_study(tmp_path, workspace, who
     assert caplog.messages[-1] == "complete"
 
 
+def test_a_record_of_the_same_inputs_is_taken_instead_of_measuring(tmp_path, workspace, whole, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    shutil.copytree(workspace.root, tmp_path / "files")
+    values = yaml.safe_load((workspace.root / "smoke.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(values | {"root": str(tmp_path / "files")}), encoding="utf-8")
+    mine = Workspace(tmp_path / "smoke.yaml")
+    shutil.rmtree(mine.artifacts / "ablations")
+    elsewhere, outdated = whole["variant"] == "k=3", whole["variant"] == "k=1"
+    device, fingerprint = whole["device"].mask(elsewhere, "another"), whole["fingerprint"].mask(outdated, "other")
+    record = whole.assign(device=device, fingerprint=fingerprint)
+    record.to_csv(tmp_path / "ablations.csv", index=False)
+    monkeypatch.setattr(core, "open_study", None)  # nothing can be produced
+    monkeypatch.setattr("meteora.study.ablations_composites.open_study", None)
+    options = ["--profile", str(tmp_path / "smoke.yaml"), "--time-limit", "-1", "--recorded"]
+    assert ablation_studies.main([*options, str(tmp_path / "ablations.csv")]) == 0
+    assert "not yet: top_k: k=1" in caplog.messages
+    text = record[~outdated].to_csv(index=False, lineterminator="\n")
+    assert (mine.metrics / "ablations.csv").read_text(encoding="utf-8") == text
+    caplog.clear()
+    assert ablation_studies.main([*options, str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in caplog.text
+    record.drop(columns="fingerprint").to_csv(tmp_path / "ablations.csv", index=False)
+    assert ablation_studies.main([*options, str(tmp_path / "ablations.csv")]) == 2
+    assert "lacks fingerprint" in caplog.text
+
+
 def test_studies_of_a_profile_without_them(caplog):
     assert ablation_studies.main(["--profile", "laptop"]) == 2
     assert "laptop" in caplog.text and "ablations" in caplog.text

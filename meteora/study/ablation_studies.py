@@ -6,6 +6,8 @@ A machine without notebooks runs some of them by::
 
 What they find is kept in ``artifacts/<profile>/ablations``, variant by variant, and notebook 06 takes it from there. At
 its end, also when the time is up, the command writes ``results/<profile>/metrics/ablations.csv`` with all that is kept.
+With ``--recorded FILE`` it begins with what such a file has of the present inputs, so that one machine can go on where
+another stopped: notebooks 01 and 02 leave the same adapters and gates on both, if their GPUs and packages are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -61,6 +64,23 @@ def run_studies(ablations: Ablations, names: Sequence[str], *, time_limit: float
     return True
 
 
+def take_recorded(ablations: Ablations, path: Path) -> None:
+    """Keep what an `ablations.csv` has of variants with the present inputs; log how much that is.
+
+    Raises:
+        ArtifactError: if there is no such file, or it is another.
+    """
+    try:
+        recorded = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from None
+    missing = set(COLUMNS) - set(recorded)
+    if missing:
+        raise ArtifactError(f"{path} is no ablations.csv of this version: it lacks {', '.join(sorted(missing))}")
+    taken = [ablations.take(name, variant, recorded) for name, study in STUDIES.items() for variant in study(ablations)]
+    logger.info("%d of %d variants are taken from %s", sum(taken), len(taken), path)
+
+
 def write_kept(ablations: Ablations) -> None:
     """Write `ablations.csv` with the rows of all variants that are kept, of every study; log those that are not."""
     rows: list[Row] = []
@@ -89,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -P -m meteora.study.ablation_studies", description="Run ablations.")
     parser.add_argument("--profile", default="smollm2", metavar="NAME", help="a profile's name or .yaml file (smollm2)")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="instead of all")
+    parser.add_argument("--recorded", type=Path, metavar="FILE", help="an ablations.csv to take finished variants from")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no variant after that time")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -97,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if workspace.profile.ablations is None:
             raise ProfileError(f"profile {workspace.profile.name!r} has no section ablations; give it one")
         ablations = Ablations(workspace, device=set_up(workspace.profile))
+        if options.recorded is not None:
+            take_recorded(ablations, options.recorded)
         complete = run_studies(ablations, options.studies, time_limit=options.time_limit)
         write_kept(ablations)
     except (ProfileError, ArtifactError, DataError) as error:
