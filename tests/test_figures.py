@@ -140,6 +140,19 @@ def test_gate_curves_leave_out_a_loss_that_was_not_computed():
     assert "nats" in loss.get_ylabel()
 
 
+def test_gate_curves_mark_where_another_objective_begins():
+    count = 100
+    steps = pd.DataFrame({"step": range(1, 2 * count + 1), "loss": [1.0] * count + [3.0] * count})
+    steps = steps.assign(lm_loss=[None] * count + [2.0] * count, gate_loss=1.0, gate_accuracy=0.5)
+    loss, accuracy = figures.gate_curves(steps, adapters=5).axes
+    totals = [line.get_ydata().tolist() for line in loss.get_lines() if len(line.get_xdata()) == count][:4]
+    assert totals == [[1.0] * count] * 2 + [[3.0] * count] * 2, "no mean over both"
+    assert loss.get_legend_handles_labels()[1] == ["total loss", "language-modelling loss", "gate cross-entropy"]
+    for axes in (loss, accuracy):
+        assert axes.get_lines()[-1].get_xdata() == [count + 0.5] * 2
+    assert accuracy.get_legend_handles_labels()[1][-1] == "another objective"
+
+
 def test_gate_curves_name_what_stands_in_for_the_language_modelling_loss():
     steps = pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0], "lm_loss": [1.0, 0.5]})
     steps = steps.assign(gate_loss=steps["loss"], gate_accuracy=[0.2, 0.5])

@@ -24,6 +24,8 @@ def gate_curves(
 ) -> Figure:
     """Losses and gate accuracy over the steps, each step pale and a running mean over 1/40 of the steps on top.
 
+    Where ``lm_loss`` begins or ends, another objective is trained: a line marks that step, and no mean reaches over it.
+
     Args:
         gate_training: rows ``step,loss,lm_loss,gate_loss,gate_accuracy``; a loss that was not computed is empty.
         adapters: draws the accuracy of a gate that guesses among so many.
@@ -32,9 +34,10 @@ def gate_curves(
     require_columns(gate_training, ("step", "loss", "lm_loss", "gate_loss", "gate_accuracy"), "gate_training.csv")
     figure = plt.figure(figsize=(8.5, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    changes = gate_training["lm_loss"].notna().astype(int).diff().fillna(0) != 0
     for column, (text, color, line) in _LOSSES.items():
         label = stand_in if stand_in and column == "lm_loss" else text
-        _curve(left, gate_training["step"], gate_training[column], color, line, label)
+        _curve(left, gate_training["step"], gate_training[column], color, line, label, changes.cumsum())
     unit = "loss" if stand_in else "loss (nats per token)"
     left.set(xlabel="step (optimiser updates)", ylabel=unit, title="Loss (bold: running mean)")
     left.set_ylim(0, 1.06 * left.dataLim.y1)
@@ -44,8 +47,12 @@ def gate_curves(
     right.set(xlabel="step (optimiser updates)", ylabel="share of tokens and layers")
     right.set_title("Gate accuracy (bold: running mean)")
     right.set_ylim(0, 1.02)
+    for n, step in enumerate(gate_training["step"][changes]):
+        for axes in (left, right):
+            label = "another objective" if axes is right and n == 0 else None
+            axes.axvline(step - 0.5, color=GREY, linestyle="--", linewidth=1, label=label)
     handles = [handle for axes in (left, right) for handle in axes.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if len(handles) <= 5 else 3)
     return figure
 
 
@@ -131,11 +138,17 @@ def _heatmap(axes: Axes, matrix: pd.DataFrame, title: str, xlabel: str, ylabel: 
     axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, matrix.index, rotation=0)
 
 
-def _curve(axes: Axes, steps: pd.Series, values: pd.Series, color: str, line: str, text: str) -> None:
+def _curve(
+    axes: Axes, steps: pd.Series, values: pd.Series, color: str, line: str, text: str, parts: pd.Series | None = None
+) -> None:
+    """Values and their running mean; with ``parts``, which says what part a step belongs to, one of each part."""
     present = values.notna()
     if not present.any():
         return
     steps, values = steps[present], values[present].astype(float)
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    smooth = values.rolling(max(1, len(values) // 40), min_periods=1, center=True).mean()
-    axes.plot(steps, smooth, color=color, linestyle=line, linewidth=1.8, label=text)
+    window = max(1, len(values) // 40)
+    parts = pd.Series(0, index=values.index) if parts is None else parts[present]
+    for n, (_, part) in enumerate(values.groupby(parts)):
+        axes.plot(steps[part.index], part, color=color, alpha=0.25, linewidth=0.8)
+        smooth = part.rolling(window, min_periods=1, center=True).mean()
+        axes.plot(steps[part.index], smooth, color=color, linestyle=line, linewidth=1.8, label=text if n == 0 else None)
