@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -449,7 +450,7 @@ def test_copies_differ_a_little_and_count_as_many(ablations):
 
 def test_a_measurement_that_does_not_fit_is_a_row_that_says_so(ablations):
     model = model_of_copies(ablations, 3)
-    options = {"batch": 2, "tokens": 5, "new_tokens": 2, "repeats": 2, "device": CPU}
+    options = {"batch": 2, "tokens": 5, "repeats": 2, "device": CPU}
     rows = measure(model, model.disable_adapters, **options)
     assert [r["metric"] for r in rows] == ["prefill", "decode", "peak_bytes"] and all(r["value"] > 0 for r in rows)
 
@@ -461,6 +462,16 @@ def test_a_measurement_that_does_not_fit_is_a_row_that_says_so(ablations):
 
     rows = measure(Small(), model.disable_adapters, **options)
     assert {(r["value"], r["unit"]) for r in rows} == {(None, OUT_OF_MEMORY)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_what_can_be_in_a_graph_is(ablations):
+    model = model_of_copies(ablations, 3).to("cuda")
+    options = {"batch": 2, "tokens": 16, "repeats": 2, "device": torch.device("cuda")}
+    for backend, ending in (("dense", ""), ("loop", ", eager")):
+        model.set_backend(backend)
+        units = [r["unit"] for r in measure(model, nullcontext, **options)]
+        assert units == [f"s{ending}", f"ms per step{ending}", "bytes"]
 
 
 def test_backends_that_cannot_run_here_are_left_out(workspace, whole, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_step_decodes_the_last_place_of_the_context_each_time(decoders, name):
     with torch.no_grad():
         first, second = work.call(name)(), work.call(name)()
         assert first.shape == (2, 1, 256) and torch.equal(first, second)
-        assert {int(n) for n in work._lengths} == {12}
+        assert {int(layer.cumulative_length) for layer in work.cache.layers} == {12}
         # the same context in a cache that grows
         cache = DynamicCache(config=decoders.base.config)
         for n, filled in enumerate(work.cache.layers):

@@ -17,7 +17,6 @@ class SpeedStudy:
     Attributes:
         adapters: how many; copies with a little noise of those there are.
         batch, tokens: prompts at once, and tokens of each.
-        new_tokens: that are decoded after them, one by one.
         backends: compared on the first of the lists; those that cannot run on the device are left out.
         repeats: measurements of each, of which the median counts.
     """
@@ -25,7 +24,6 @@ class SpeedStudy:
     adapters: tuple[int, ...]
     batch: tuple[int, ...]
     tokens: tuple[int, ...]
-    new_tokens: int = 16
     backends: tuple[str, ...] = ("auto", "loop", "bmm", "dense", "triton")
     repeats: int = 3
 
@@ -33,7 +31,7 @@ class SpeedStudy:
         distinct(adapters=self.adapters, batch=self.batch, tokens=self.tokens, backends=self.backends)
         one_of(BACKENDS, backends=self.backends)
         at_least(1, adapters=min(self.adapters), batch=min(self.batch), tokens=min(self.tokens))
-        at_least(1, new_tokens=self.new_tokens, repeats=self.repeats)
+        at_least(1, repeats=self.repeats)
 
 
 @dataclass(frozen=True)

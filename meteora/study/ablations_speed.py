@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from statistics import median
+from functools import partial
 
 import torch
 
@@ -16,11 +16,14 @@ from meteora.backends import get_mix
 from meteora.study.ablations import Ablations, Variant, row
 from meteora.study.artifacts import device_name, versions
 from meteora.study.baselines import share_weights
+from meteora.study.benchmark_measure import time_and_memory
+from meteora.study.benchmark_model import Case, next_logits, random_cache
+from meteora.study.benchmark_rows import OUT_OF_MEMORY
 from meteora.study.measures import Row
-from meteora.study.timing import measure_peak
+from meteora.study.timing import Stopwatch
 
 NOISE = 0.01  # standard deviation of what is added to a copy's factors, over theirs
-OUT_OF_MEMORY = "out of memory"
+SECONDS = 1.0  # that a measurement's repetitions take, at most
 
 
 def perturbed_copies(adapters: Sequence[Adapter], count: int, *, seed: int = 0) -> list[Adapter]:
@@ -61,44 +64,36 @@ def measure(
     *,
     batch: int,
     tokens: int,
-    new_tokens: int,
     repeats: int,
     device: torch.device,
 ) -> list[Row]:
-    """Rows ``prefill`` (s), ``decode`` (ms a token and step), ``peak_bytes`` (above the weights); random prompts.
+    """Rows ``prefill`` (s), ``decode`` (ms for the next token of all), ``peak_bytes`` (of the prefill, above the weights).
 
-    Medians over ``repeats``, after one run that is not counted. Steps are launched one by one, as the study's own
-    decoding does; a setting that does not fit leaves rows without a value.
+    Prompts, and the context of the next token, are random. On a GPU these are times of CUDA graphs, as notebook 05 has
+    them for whole models: as Python starts them, all its kernels take as long however many adapters there are. What
+    cannot be in a graph, as the CPU waits for the GPU on its way, has a unit that says so; a setting that does not fit
+    leaves rows without a value.
     """
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-
-    def wait() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def prefill():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-
-    def once() -> tuple[float, float]:
-        begin = wait()
-        out = prefill()
-        first = wait()
-        for _ in range(new_tokens):
-            token = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        return first - begin, 1e3 * (wait() - first) / new_tokens
-
-    names = (("prefill", "s"), ("decode", "ms per step"), ("peak_bytes", "bytes"))
+    watch, generator = Stopwatch(device, repeats, SECONDS), torch.Generator(device).manual_seed(0)
+    rows = []
     try:
         with torch.no_grad(), active():
-            once()
-            times = [once() for _ in range(repeats)]
-            values = [median(t[0] for t in times), median(t[1] for t in times), measure_peak(prefill, device)]
+            for mode, unit, factor in (("prefill", "s", 1e-6), ("decode", "ms per step", 1e-3)):
+                new, context = (batch, tokens), None
+                if mode == "decode":
+                    new, context = (batch, 1), random_cache(model.base_model, Case(mode, batch, tokens), generator)
+                ids = torch.randint(model.config.vocab_size, new, generator=generator, device=device)
+                found = time_and_memory({}, partial(next_logits, model, ids, context), {"graph"}, watch)
+                timed = next(r for r in found if r["metric"] == "time_us" and not math.isnan(r["value"]))
+                unit += ", eager" if device.type == "cuda" and timed["launch"] == "eager" else ""
+                rows.append(row(mode, factor * timed["value"], unit=unit))
+                if mode == "prefill":
+                    peak = next(r["value"] for r in found if r["metric"] == "peak_bytes")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the graphs' own memory
+        return [*rows, row("peak_bytes", peak, unit="bytes")]
     except torch.OutOfMemoryError:
-        return [row(name, None, unit=OUT_OF_MEMORY) for name, _ in names]
-    return [row(name, value, n=repeats, unit=unit) for (name, unit), value in zip(names, values, strict=True)]
+        return [row(name, None, unit=OUT_OF_MEMORY) for name in ("prefill", "decode", "peak_bytes")]
 
 
 def scale_study(ablations: Ablations) -> Iterator[Variant]:
@@ -124,14 +119,13 @@ def scale_study(ablations: Ablations) -> Iterator[Variant]:
             rows = [row("added_bytes", sum(t.nbytes for t in added), unit="bytes", adapters=n)]
             for method, (run, active) in {**_bounds(ablations), "meteora_top2": (model, nullcontext)}.items():
                 found = measure(
-                    run, active, batch=batch, tokens=tokens, new_tokens=speed.new_tokens, repeats=speed.repeats,
-                    device=ablations.device,
-                )  # fmt: skip
+                    run, active, batch=batch, tokens=tokens, repeats=speed.repeats, device=ablations.device
+                )
                 rows += [{"method": method, "adapters": n, "batch": batch, "tokens": tokens, **r} for r in found]
             return rows
 
         name = f"{n} adapters, {batch} x {tokens} tokens"
-        yield Variant(name, [_where(ablations), speed.new_tokens, speed.repeats], produce)
+        yield Variant(name, [_where(ablations), speed.repeats], produce)
 
 
 def _bounds(ablations: Ablations) -> dict[str, tuple[MeteoraModel, Callable[[], AbstractContextManager]]]:
@@ -160,16 +154,15 @@ def latency_study(ablations: Ablations) -> Iterator[Variant]:
                 run.set_backend(backend)
                 try:
                     found = measure(
-                        run, active, batch=1, tokens=speed.tokens[0], new_tokens=speed.new_tokens,
-                        repeats=speed.repeats, device=ablations.device,
-                    )  # fmt: skip
+                        run, active, batch=1, tokens=speed.tokens[0], repeats=speed.repeats, device=ablations.device
+                    )
                 finally:
                     run.set_backend(before)
                 common = {"method": name, "adapters": len(ablations.tasks), "batch": 1, "tokens": speed.tokens[0]}
                 rows += [{**common, **r} for r in found]
             return rows
 
-        yield Variant(backend, [_where(ablations), speed.tokens[0], speed.new_tokens, speed.repeats], produce)
+        yield Variant(backend, [_where(ablations), speed.tokens[0], speed.repeats], produce)
 
 
 def _where(ablations: Ablations) -> list[str]:

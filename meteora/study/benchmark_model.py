@@ -153,22 +153,11 @@ class Work:
         self.cache = None
         if case.mode == "decode":
             with torch.no_grad():
-                self.cache = _random_cache(decoders.base, case, generator)
-            self._lengths = [layer.cumulative_length for layer in self.cache.layers]
+                self.cache = random_cache(decoders.base, case, generator)
 
     def call(self, name: str) -> Callable[[], Tensor]:
         """A call that gives a strategy's logits (batch, 1, vocabulary), as often as it is called."""
-        model, ids, cache = self.decoders.model(name), self.ids, self.cache
-        if cache is None:
-            return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
-
-        def step() -> Tensor:
-            # Back to the place of the new token, in two launches for all layers.
-            torch._foreach_zero_(self._lengths)
-            torch._foreach_add_(self._lengths, self.case.tokens - 1)
-            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-
-        return step
+        return next_logits(self.decoders.model(name), self.ids, self.cache)
 
     @cached_property
     def logits_of_peft(self) -> Tensor:
@@ -180,7 +169,26 @@ class Work:
         return self.call("base")().float()
 
 
-def _random_cache(base: nn.Module, case: Case, generator: torch.Generator) -> StaticCache:
+def next_logits(model: nn.Module, ids: Tensor, cache: StaticCache | None = None) -> Callable[[], Tensor]:
+    """A call that gives the logits (batch, 1, vocabulary) behind prompts, or behind one token and what `cache` holds.
+
+    Args:
+        ids: (batch, tokens); with a cache (batch, 1), the token that each call puts into the cache's last place.
+    """
+    if cache is None:
+        return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+    lengths = [layer.cumulative_length for layer in cache.layers]
+
+    def step() -> Tensor:
+        # Back to the place of the new token, in two launches for all layers.
+        torch._foreach_zero_(lengths)
+        torch._foreach_add_(lengths, cache.layers[0].max_cache_len - 1)
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def random_cache(base: nn.Module, case: Case, generator: torch.Generator) -> StaticCache:
     """A static cache of ``tokens`` places, all but the last taken."""
     config = base.config
     cache = StaticCache(config=config, max_cache_len=case.tokens)
