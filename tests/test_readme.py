@@ -45,6 +45,14 @@ def test_the_adapters_that_come_with_the_repository_are_those_of_the_laptops_rec
     assert here == recorded, "run profile laptop anew, or take the adapters back"
 
 
+@pytest.mark.parametrize("profile", ["laptop", "smollm2"])
+def test_a_record_has_the_digests_of_all_its_adapters_and_gates(profile: str) -> None:
+    manifest = json.loads((REPOSITORY / "results" / profile / "manifest.json").read_text(encoding="utf-8"))
+    recorded, what = manifest["inputs"]["files"], "adapter_model.safetensors"
+    assert {f"adapters/{task}/{what}" for task in manifest["profile"]["tasks"]} < set(recorded)
+    assert "gates/gates.safetensors" in recorded
+
+
 def test_drift_is_noticed() -> None:
     drifted = TEXT.replace("| `laptop` |", "| `desktop` |")
     assert drifted != TEXT and fill(drifted) == fill(TEXT)
