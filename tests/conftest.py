@@ -12,6 +12,7 @@ from types import SimpleNamespace
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -24,6 +25,26 @@ from meteora import passes
 torch.set_num_threads(1)
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def products_add_up_one_by_one():
+    """In Triton's interpreter a sum depends neither on the CPU nor on the matrices' sizes, as it does not on a GPU.
+
+    numpy leaves products of float32 to a BLAS, which cuts and orders the sums by both. Long doubles it adds one by one.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, *_):
+        product = np.matmul(a.data.astype(np.longdouble), b.data.astype(np.longdouble)).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 @pytest.fixture

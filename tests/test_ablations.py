@@ -65,6 +65,14 @@ def make_workspace(folder, **changes) -> Workspace:
     return workspace
 
 
+def copied(workspace, folder) -> Workspace:
+    """All of a workspace in ``folder``, for the profile ``folder/smoke.yaml``."""
+    shutil.copytree(workspace.root, folder / "files")
+    values = yaml.safe_load((workspace.root / "smoke.yaml").read_text(encoding="utf-8"))
+    (folder / "smoke.yaml").write_text(yaml.safe_dump(values | {"root": str(folder / "files")}), encoding="utf-8")
+    return Workspace(folder / "smoke.yaml")
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     return make_workspace(tmp_path_factory.mktemp("study"))
@@ -94,8 +102,7 @@ def of(frame, **wanted):
 
 
 def test_a_variant_is_run_once_until_something_it_depends_on_changes(tmp_path, workspace):
-    shutil.copytree(workspace.root, tmp_path / "files")
-    mine = Workspace(dataclasses.replace(workspace.profile, root=str(tmp_path / "files")))
+    mine = copied(workspace, tmp_path)
     calls = []
 
     def variants(setting=1):
@@ -180,10 +187,7 @@ def test_studies_run_without_a_notebook_until_the_time_is_up(workspace, ablation
 
 def test_the_command_writes_what_is_kept_of_every_study(tmp_path, workspace, whole, caplog, monkeypatch):
     caplog.set_level("INFO")
-    shutil.copytree(workspace.root, tmp_path / "files")
-    values = yaml.safe_load((workspace.root / "smoke.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(values | {"root": str(tmp_path / "files")}), encoding="utf-8")
-    mine = Workspace(tmp_path / "smoke.yaml")
+    mine = copied(workspace, tmp_path)
     (mine.artifacts / "ablations" / "top_k" / "k%3D3.json").unlink()
     outdated = mine.artifacts / "ablations" / "gates" / "joint.json"
     outdated.write_text(outdated.read_text(encoding="utf-8").replace('"fingerprint": "', '"fingerprint": "not '))
@@ -202,10 +206,7 @@ def test_the_command_writes_what_is_kept_of_every_study(tmp_path, workspace, who
 
 def test_a_record_of_the_same_inputs_is_taken_instead_of_measuring(tmp_path, workspace, whole, caplog, monkeypatch):
     caplog.set_level("INFO")
-    shutil.copytree(workspace.root, tmp_path / "files")
-    values = yaml.safe_load((workspace.root / "smoke.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "smoke.yaml").write_text(yaml.safe_dump(values | {"root": str(tmp_path / "files")}), encoding="utf-8")
-    mine = Workspace(tmp_path / "smoke.yaml")
+    mine = copied(workspace, tmp_path)
     shutil.rmtree(mine.artifacts / "ablations")
     elsewhere, outdated = whole["variant"] == "k=3", whole["variant"] == "k=1"
     device, fingerprint = whole["device"].mask(elsewhere, "another"), whole["fingerprint"].mask(outdated, "other")

@@ -145,10 +145,7 @@ def siblings_of(tokens, features, outs, ranks, dtype=torch.float32, seed=0, shuf
 
 
 def check_siblings(operands, k, temperature, dtype, *, absolute=False, early=True):
-    """As the reference, and what each layer gets for itself: on a GPU to the bit, up to where cuBLAS multiplies.
-
-    In Triton's interpreter products are numpy's, whose sums depend on the CPU and on the matrices' sizes.
-    """
+    """As the reference, and, up to where cuBLAS multiplies, to the bit what each layer gets for itself."""
     ys, x, As, Bs, gates, owner = operands
     N, options, widest = len(gates[0]), {"absolute": absolute}, max(map(len, Bs))
     packs, expected, alone = [pack(*each) for each in zip(As, gates, strict=True)], [], []
@@ -160,8 +157,7 @@ def check_siblings(operands, k, temperature, dtype, *, absolute=False, early=Tru
     ops.add_siblings(ys, chosen, Bs, owner, N, k, temperature, **options, early=early)
     for y, reference, result in zip(ys, expected, alone, strict=True):
         close(y, reference, dtype)
-        close(y, result, dtype)
-        assert torch.equal(y, result) or not CUDA or len(x) > shrink.FEW_TOKENS
+        assert torch.equal(y, result) or len(x) > shrink.FEW_TOKENS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -616,7 +612,7 @@ def test_grouped_what_is_not_finite_stays_in_its_token(value, grouped_at_any_siz
     x[2] = value
     result = ops.gated_mix_(y, x, packed, B, owner, 9, 2)
     others = torch.arange(40, device=DEVICE) != 2
-    close(result[others], clean[others])  # not to the bit: it chooses others, and they lie in other places of their tiles
+    assert torch.equal(result[others], clean[others])
     assert torch.isnan(result[2]).all() and len(grouped_at_any_size) == 2
 
 

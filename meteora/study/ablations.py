@@ -2,8 +2,8 @@
 
 A variant's rows are kept in ``artifacts/<profile>/ablations/<study>/<variant>.json`` and taken from there as long as the
 variant, the settings of the evaluation, the data, the adapters and the gates are the same; so a run that is interrupted
-goes on with the variant it was at. A change of the code alone does not discard them: ``--fresh`` does. Each row names the
-device and torch that it was produced with, and the fingerprint of all its inputs.
+goes on with the variant it was at. A change of the code alone does not discard them: ``--fresh`` does. Each row names
+the device and the versions that it was produced with, and the fingerprint of all its inputs.
 
 The studies themselves are in ``ablations_*.py``, by what they vary. Variants are compared on validation examples, which
 gates and adapters were not trained on and from which the test samples are disjoint; only `seeds` uses the test split.
@@ -29,8 +29,9 @@ from data_prep.prepare import MANIFEST, load_split
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
 from meteora.adapters import file_sha256, load_adapter
 from meteora.checkpoint import GATES_FILE
-from meteora.study.artifacts import Workspace, device_name, write_json
+from meteora.study.artifacts import Workspace, write_json
 from meteora.study.baselines import Method, build_methods, share_weights
+from meteora.study.benchmark_rows import WHERE, where_measured
 from meteora.study.collection import INDEX
 from meteora.study.evaluation import Accuracies, evaluate_independent
 from meteora.study.gates import gate_accuracy, pooled_accuracy
@@ -40,11 +41,13 @@ from meteora.study.predictions import fingerprint
 from meteora.study.statistics import mean_over_tasks, paired_difference_over_tasks
 from meteora.study.transcripts import gate_examples
 
+_COMMON = (*WHERE, "fingerprint")  # what all rows of a variant have alike, besides its name
 COLUMNS = (
     "study", "variant", "method", "adapters", "top_k", "temperature", "composite", "protocol", "shots", "batch",
     "tokens", "prompts", "split", "task", "adapter", "metric", "value", "low", "high", "n", "unit",
-    "device", "torch", "fingerprint",
+    *_COMMON,
 )  # fmt: skip
+_OWN = tuple(column for column in COLUMNS if column not in ("study", "variant", *_COMMON))
 GATE_SAMPLES = 10  # examples of a task that the gates' accuracy is counted on
 
 
@@ -97,8 +100,7 @@ class Ablations:
         begin = time.perf_counter()
         produced = variant.produce()
         seconds = round(time.perf_counter() - begin, 1)
-        where = {"device": device_name(self.profile.model.device), "torch": torch.__version__}
-        kept = {"fingerprint": mark, "seconds": seconds, **where, "rows": produced}
+        kept = {"fingerprint": mark, **where_measured(self.device), "seconds": seconds, "rows": produced}
         write_json(path, kept)
         return _named(study, variant, kept)
 
@@ -108,15 +110,13 @@ class Ablations:
         What is kept already stays.
         """
         path, mark = self._place(study, variant)
-        names = (recorded["study"] == study) & (recorded["variant"] == variant.name)
-        rows = recorded[names & (recorded["fingerprint"] == mark)].drop(columns=["study", "variant", "fingerprint"])
-        if rows.empty:
+        here = (recorded["study"] == study) & (recorded["variant"] == variant.name) & (recorded["fingerprint"] == mark)
+        if not here.any():
             return False
         if _read(path, mark) is None:
-            where = {"device": rows["device"].iloc[0], "torch": rows["torch"].iloc[0]}
-            *produced, taken = (r.dropna().to_dict() for _, r in rows.drop(columns=list(where)).iterrows())
-            kept = {"fingerprint": mark, "seconds": taken["value"], **where, "rows": produced}
-            write_json(path, kept)
+            *produced, taken = (r.dropna().to_dict() for _, r in recorded.loc[here, list(_OWN)].iterrows())
+            common = recorded.loc[here, list(_COMMON)].iloc[0].to_dict()
+            write_json(path, {**common, "seconds": taken["value"], "rows": produced})
         return True
 
     def _place(self, study: str, variant: Variant) -> tuple[Path, str]:
@@ -317,14 +317,14 @@ def methods_of(model: MeteoraModel, *names: str) -> dict[str, Method]:
 def _named(study: str, variant: Variant, kept: Mapping[str, Any]) -> list[Row]:
     """A variant's rows as they stand in `ablations.csv`; the last is how long producing them took."""
     taken = row("seconds", kept["seconds"], unit="s")
-    common = {"study": study, "variant": variant.name, **{name: kept[name] for name in COLUMNS[-3:]}}
+    common = {"study": study, "variant": variant.name, **{name: kept[name] for name in _COMMON}}
     return [common | r for r in [*kept["rows"], taken]]
 
 
 def _read(path: Path, mark: str) -> dict[str, Any] | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept if kept["fingerprint"] == mark and "device" in kept else None
+        return kept if kept["fingerprint"] == mark and set(_COMMON) < set(kept) else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -20,7 +20,7 @@ from meteora.study.benchmark_measure import time_and_memory
 from meteora.study.benchmark_model import Case, next_logits, random_cache
 from meteora.study.benchmark_rows import OUT_OF_MEMORY
 from meteora.study.measures import Row
-from meteora.study.timing import Stopwatch
+from meteora.study.timing import Call, Stopwatch
 
 NOISE = 0.01  # standard deviation of what is added to a copy's factors, over theirs
 SECONDS = 1.0  # that a measurement's repetitions take, at most
@@ -67,33 +67,41 @@ def measure(
     repeats: int,
     device: torch.device,
 ) -> list[Row]:
-    """Rows ``prefill`` (s), ``decode`` (ms for the next token of all), ``peak_bytes`` (of the prefill, above the weights).
+    """Rows ``prefill`` (s), ``decode`` (ms for the next token of all), ``peak_bytes`` (the prefill's, above weights).
 
     Prompts, and the context of the next token, are random. On a GPU these are times of CUDA graphs, as notebook 05 has
-    them for whole models: as Python starts them, all its kernels take as long however many adapters there are. What
-    cannot be in a graph, as the CPU waits for the GPU on its way, has a unit that says so; a setting that does not fit
-    leaves rows without a value.
+    them for whole models: what Python needs to start the kernels would hide how long they take. What cannot be in a
+    graph, as the CPU waits for the GPU on its way, has a unit that says so; a setting that does not fit leaves rows
+    without a value.
     """
     watch, generator = Stopwatch(device, repeats, SECONDS), torch.Generator(device).manual_seed(0)
-    rows = []
+
+    def draw(length: int) -> torch.Tensor:
+        return torch.randint(model.config.vocab_size, (batch, length), generator=generator, device=device)
+
     try:
         with torch.no_grad(), active():
-            for mode, unit, factor in (("prefill", "s", 1e-6), ("decode", "ms per step", 1e-3)):
-                new, context = (batch, tokens), None
-                if mode == "decode":
-                    new, context = (batch, 1), random_cache(model.base_model, Case(mode, batch, tokens), generator)
-                ids = torch.randint(model.config.vocab_size, new, generator=generator, device=device)
-                found = time_and_memory({}, partial(next_logits, model, ids, context), {"graph"}, watch)
-                timed = next(r for r in found if r["metric"] == "time_us" and not math.isnan(r["value"]))
-                unit += ", eager" if device.type == "cuda" and timed["launch"] == "eager" else ""
-                rows.append(row(mode, factor * timed["value"], unit=unit))
-                if mode == "prefill":
-                    peak = next(r["value"] for r in found if r["metric"] == "peak_bytes")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # the graphs' own memory
-        return [*rows, row("peak_bytes", peak, unit="bytes")]
+            prefill, of_prefill, peak = _timed(partial(next_logits, model, draw(tokens)), watch)
+            context = random_cache(model.base_model, Case("decode", batch, tokens), generator)
+            step, of_step, _ = _timed(partial(next_logits, model, draw(1), context), watch)
     except torch.OutOfMemoryError:
         return [row(name, None, unit=OUT_OF_MEMORY) for name in ("prefill", "decode", "peak_bytes")]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the graphs' own memory
+    return [
+        row("prefill", 1e-6 * prefill, unit=f"s{of_prefill}"),
+        row("decode", 1e-3 * step, unit=f"ms per step{of_step}"),
+        row("peak_bytes", peak, unit="bytes"),
+    ]
+
+
+def _timed(prepare: Callable[[], Call], watch: Stopwatch) -> tuple[float, str, float]:
+    """The median of a call's time (us), what the unit has to say of its launch, and its peak of memory (bytes)."""
+    peak, *times = time_and_memory({}, prepare, {"graph"}, watch)
+    found = next(r for r in times if not math.isnan(r["value"]))
+    eager = watch.device.type == "cuda" and found["launch"] == "eager"
+    return found["value"], ", eager" if eager else "", peak["value"]
 
 
 def scale_study(ablations: Ablations) -> Iterator[Variant]:
