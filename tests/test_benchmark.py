@@ -518,3 +518,13 @@ def test_a_graph_of_a_backward_pass_holds_no_forward_pass():
     watch = timing.Stopwatch(o.x.device, repeats=20, seconds=0.2)
     forward, backward = (watch.graph(lambda: make("base", 2, o)) for make in (forward_pass, backward_pass))
     assert 0.5 < forward[0] / backward[0] < 2, "one matrix product each"
+
+
+@GPU
+def test_a_graphs_time_is_the_gpus_however_slow_the_cpu_is(monkeypatch):
+    x = torch.zeros(1, device="cuda")
+    watch = timing.Stopwatch(x.device, repeats=5, seconds=0.2)
+    usual = watch.graph(lambda: x.zero_)
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (time.sleep(1e-3), replay(graph)))
+    assert watch.graph(lambda: x.zero_)[2] < 3 * usual[0] < 100, "not the thousand that the CPU takes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -295,6 +296,29 @@ def test_manifest(study) -> None:
     assert all(entry["seconds"] >= 0 for entry in manifest["notebooks"].values())
     assert all(entry["peak"] is None for entry in manifest["notebooks"].values()), "these notebooks did not say"
     assert {"git_revision", "versions", "device", "seed", "inputs"} <= set(manifest)
+
+
+def test_the_manifest_keeps_the_digests_of_what_earlier_stages_left(study) -> None:
+    adapter = study.workspace.adapters / "a" / "adapter_model.safetensors"
+    gates = study.workspace.gates / "gates.safetensors"
+    gates.parent.mkdir(parents=True, exist_ok=True)
+    adapter.parent.mkdir(parents=True)
+    study.write("01", f"open({str(adapter)!r}, 'w').write('01')")
+    study.write("02", f"open({str(gates)!r}, 'w').write('02')")
+    study.run()
+    manifest = study.workspace.results / "manifest.json"
+    inputs = json.loads(manifest.read_text())["inputs"]
+    names = {"adapters/a/adapter_model.safetensors": b"01", "gates/gates.safetensors": b"02"}
+    assert inputs == {"data": {}, "files": {name: hashlib.sha256(text).hexdigest() for name, text in names.items()}}
+    # on another machine, to which the records were taken and the weights were not
+    shutil.rmtree(study.workspace.adapters)
+    (study.workspace.data / "manifest.json").unlink()
+    study.run("03", fresh=True)
+    assert json.loads(manifest.read_text())["inputs"] == inputs
+    study.write("02", f"open({str(gates)!r}, 'w').write('other')")
+    study.run("02")
+    now = json.loads(manifest.read_text())["inputs"]["files"]
+    assert now == inputs["files"] | {"gates/gates.safetensors": hashlib.sha256(b"other").hexdigest()}
 
 
 def test_the_manifest_says_with_what_each_notebook_was_run(study, monkeypatch) -> None:

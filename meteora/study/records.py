@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_prep.prepare import MANIFEST
 from meteora.study.artifacts import NOTEBOOKS, Stage, Workspace, existing_stages, versions, write_json
 from meteora.study.profiles import REPOSITORY
 
@@ -166,6 +167,7 @@ class Records:
             **facts,
             "inputs": (self.read(stage, ".started") or {})["inputs"],
             "outputs": self._outputs(stage),
+            "left": self._left(stage),
         }
         write_json(self._path(stage), record)
         self._path(stage, ".started").unlink()
@@ -203,12 +205,23 @@ class Records:
         names.add(str((workspace.notebooks / f"{stage.notebook}.html").relative_to(workspace.root)))
         return sorted(names)
 
+    def provenance(self) -> dict[str, Any]:
+        """What the results were made from, as the stages that left it noted at their end, wherever it lies now.
 
-def input_hashes(workspace: Workspace) -> dict[str, Any]:
-    """The sha256 of what a run was given or made its results from: task sources, adapters, gates."""
-    manifest = workspace.artifacts / "data" / "manifest.json"
-    files = {}
-    for folder in (workspace.artifacts / "adapters", workspace.artifacts / "gates"):
-        for path in sorted(folder.rglob("*.safetensors")):
-            files[str(path.relative_to(workspace.artifacts))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"data": json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None, "files": files}
+        ``data`` is the manifest of the examples; ``files`` are the adapters' and gates' sha256.
+        """
+        data, files = None, {}
+        for stage in existing_stages(self.notebooks):
+            left = (self.read(stage) or {}).get("left", {})
+            data = left.get("data", data)
+            files |= left.get("files", {})
+        return {"data": data, "files": files}
+
+    def _left(self, stage: Stage) -> dict[str, Any]:
+        """The manifest of examples and the sha256 of weights among what a stage must leave."""
+        paths, manifest = self.workspace.left_by(stage.number), self.workspace.artifacts / "data" / MANIFEST
+        weights = sorted(file for path in paths for file in path.rglob("*.safetensors"))
+        names = [str(file.relative_to(self.workspace.artifacts)) for file in weights]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]
+        data = {"data": json.loads(manifest.read_text(encoding="utf-8"))} if manifest in paths else {}
+        return {**data, "files": dict(zip(names, digests, strict=True))}

@@ -27,7 +27,7 @@ from meteora.study.artifacts import (
 )
 from meteora.study.plan import describe
 from meteora.study.profiles import REPOSITORY, Profile, ProfileError, load_profile, profile_names
-from meteora.study.records import Records, RunError, input_hashes
+from meteora.study.records import Records, RunError
 
 
 def select_stages(
@@ -178,7 +178,7 @@ def write_manifest(workspace: Workspace, records: Records) -> Path:
             "versions": versions(),
             "device": device_name(workspace.profile.model.device),
             "notebooks": notebooks,
-            "inputs": input_hashes(workspace),
+            "inputs": records.provenance(),
         },
     )
 

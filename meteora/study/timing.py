@@ -24,6 +24,8 @@ from meteora.recording import waiting_is_an_error
 BLOCK = 0.010  # seconds; on a CPU calls are timed in blocks of at least this length: the clock's own cost vanishes
 FLUSH = 1 << 28  # bytes written between two calls on a GPU; no cache is as large
 LEAST = 3  # measurements of a call, however long it takes
+AHEAD = 10  # such writes before the first call, so that the GPU does not wait for the CPU between calls
+DOUBLINGS = 4  # of that, if the CPU was slower
 
 Call = Callable[[], Any]
 Quantiles = tuple[float, float, float]
@@ -59,7 +61,11 @@ class Stopwatch:
         return quantiles([1e6 * timer.timeit(number).median for _ in range(self._count(one * number))])
 
     def graph(self, prepare: Callable[[], Call]) -> Quantiles:
-        """Replayed from a CUDA graph that holds the call and nothing else: the GPU's own time."""
+        """Replayed from a CUDA graph that holds the call and nothing else: the GPU's own time.
+
+        All replays are started while the GPU is still busy with something else; else a CPU that is held up, as on a
+        machine with other guests, would let it wait within a measurement.
+        """
         default = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
             # Autograd runs a backward pass on the stream of its forward pass, so that has to be the captured one; and
@@ -85,6 +91,21 @@ class Stopwatch:
 
     def _events(self, call: Call, count: int, idle: bool) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        if idle:
+            self._start(call, pairs, idle)
+        else:
+            for doubling in range(DOUBLINGS + 1):
+                for _ in range(AHEAD << doubling):
+                    self._flush.zero_()
+                if self._start(call, pairs, idle):
+                    break
+                torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize(self.device)
+        return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
+
+    def _start(self, call: Call, pairs: list[list[torch.cuda.Event]], idle: bool) -> bool:
+        """Whether each call had been started before the GPU came to it."""
+        in_time = True
         for begin, end in pairs:
             self._flush.zero_()
             if idle:
@@ -92,8 +113,8 @@ class Stopwatch:
             begin.record()
             call()
             end.record()
-        torch.cuda.synchronize(self.device)
-        return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
+            in_time &= not begin.query()
+        return in_time
 
     def _count(self, seconds: float) -> int:
         return max(LEAST, min(self.repeats, int(self.seconds / max(seconds, 1e-9))))
