@@ -113,7 +113,7 @@ def test_results_block(tmp_path) -> None:
     pd.DataFrame(rows, columns=columns).to_csv(metrics / "independent.csv", index=False)
     rows = [
         (3, protocol, shots, temperature, subtask, method, metric, value + more, value - 0.5, value + 0.5, 16)
-        for protocol, shots in (("numbered", 0), ("sequential", 0))
+        for protocol, shots in (("numbered", 2), ("numbered", 0), ("sequential", 0))
         for temperature in (15.0, 1.0)
         for method, more in (("meteora_top2", temperature / 100), ("lora_b", 0.0))
         for subtask, metric, value in (("ALL", "attempted", 2.0), ("ALL", "correct", 1.5), ("winowhy", "accuracy", 0.5))
@@ -125,8 +125,15 @@ def test_results_block(tmp_path) -> None:
     assert re.search(r"\| MeteoRA top-2 \| 0\.750 \[", block)
     assert "| problems | protocol | items | T | MeteoRA top-2 | MeteoRA top-2, T = 1 | LoRA-B |" in block
     ours, ours_at_1, other = (interval_text(value, 1.0, 2.0, "correct") for value in (1.65, 1.51, 1.5))
-    for run in ("numbered, zero-shot", "sequential"):
-        assert f"| 3 | {run} | 16 | 15 | {ours} | {ours_at_1} | {other} |" in block
+    for protocol in ("numbered", "sequential"):
+        assert block.count(f"| 3 (1 scored) | {protocol} | 16 | 15 | {ours} | {ours_at_1} | {other} |") == 1
+    guesses = [("winowhy", method, "accuracy", value, None, None, 40) for method, value in (("chance", 0.5), ("majority", 0.6))]
+    pd.DataFrame(guesses, columns=["task", "method", "metric", "value", "low", "high", "n"]).to_csv(
+        metrics / "guessing.csv", index=False
+    )
+    block = results_block(tmp_path)
+    assert "| A choice at random | 0.500 |" in block and "In 0 of 0 tasks" not in block
+    assert f"| 3 (1 scored) | sequential | 16 | 15 | 0.50 | {ours} | {ours_at_1} | {other} |" in block
     assert interval_text(2.0, 1.5, 2.5, "correct") not in block  # attempted is another measure
 
 

@@ -126,6 +126,7 @@ def test_table2_puts_meteora_beside_lora_b_and_names_the_setting():
         "composite-3", "guided", 2, "15", "ALL", "attempted (of 3)", "2.50 [2.40, 2.60]", "2.00 [1.90, 2.10]", 16,
     ]  # fmt: skip
     assert table.iloc[-1].tolist()[1:7] == ["sequential", 0, "1", "winowhy", "accuracy", "0.500 [0.400, 0.600]"]
+    assert set(table["metric"]) == {"attempted (of 3)", "correct (of 1)", "accuracy"}, "one sub-task has an accuracy"
 
 
 def test_table2_adds_other_methods_behind():
@@ -142,6 +143,9 @@ def test_captions_state_how_much_of_the_benchmark_is_covered():
     assert tables.coverage(["winowhy", "made up"]) == "1 of the paper's 28 tasks and 1 others"
     assert "2 of the paper's 28 tasks" in tables.table1_caption(INDEPENDENT)
     assert "80 test samples" in tables.table1_caption(INDEPENDENT)
+    bleu = independent_rows({"peft": {"topical_chat": 12.5}}, metric="bleu")
+    caption = tables.table1_caption(pd.concat([INDEPENDENT, bleu]))
+    assert "2 of the paper's 28 tasks (not topical_chat, which BLEU or ROUGE measure)" in caption and "80 test samples" in caption
     assert "composite-3 of 1 of the paper's 28 tasks" in tables.table2_caption(composite_rows())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meteora.study.figures_style import METHOD_STYLES, legend_below, style_of, styled
+from meteora.study.figures_style import INK, METHOD_STYLES, legend_below, style_of, styled
 from meteora.study.tables import (
     COMPOSITE_COLUMNS,
     INDEPENDENT_COLUMNS,
@@ -109,13 +109,14 @@ def figure3_dots(
 
 
 @styled
-def composite_summary(composite: pd.DataFrame) -> Figure:
+def composite_summary(composite: pd.DataFrame, guess: Mapping[int, float] | None = None) -> Figure:
     """Attempted (hollow) and correct (filled) answers per item: a row a composite and temperature, a column a protocol.
 
     A protocol that was run with and without examples has a column for each.
 
     Args:
         composite: rows ``composite,protocol,shots,temperature,subtask,method,metric,value,low,high,n``.
+        guess: size -> correct answers of choices at random, a dotted line.
     """
     require_columns(composite, COMPOSITE_COLUMNS, "composite.csv")
     frame = composite[composite["subtask"] == "ALL"]
@@ -136,12 +137,16 @@ def composite_summary(composite: pd.DataFrame) -> Figure:
                 axes.set_visible(False)
             else:
                 _composite_panel(axes, part, methods, size)
+                if guess is not None:
+                    axes.axvline(guess[size], color=INK, linestyle=":", linewidth=1.1, zorder=0)
                 axes.set_title(f"composite-{size}, {run[0]}\n{run[1]}-shot, T = {temperature:g}")
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", color="#333333", markerfacecolor=face, label=text)
         for face, text in (("white", "attempted"), ("#333333", "correct"))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    if guess is not None:
+        handles.append(plt.Line2D([], [], color=INK, linestyle=":", linewidth=1.1, label="choices at random, correct"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 

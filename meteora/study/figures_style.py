@@ -29,6 +29,8 @@ METHOD_STYLES = {
     "arrow": (VERMILION, ">", "--"),
     "xlora": (GREEN, "<", "--"),
     "lorahub": ("#7b4173", "d", "--"),
+    "chance": (INK, "|", ":"),
+    "majority": ("#9e9ac8", "2", "--"),
 }
 BACKEND_STYLES = {
     "loop": (VERMILION, "s", ":"),

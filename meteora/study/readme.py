@@ -13,8 +13,9 @@ from meteora.study.artifacts import write_text
 from meteora.study.benchmark_results import aims_table, side_by_side
 from meteora.study.benchmark_rows import read_rows
 from meteora.study.claims import COLUMNS, claims_table
+from meteora.study.guessing import FILE, expected_correct, tasks_at_a_guess
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
-from meteora.study.tables import in_order, interval_text, label, run_label, table1, table1_caption, to_markdown
+from meteora.study.tables import in_order, interval_text, label, table1, table1_caption, to_markdown
 
 README, KERNELS = REPOSITORY / "README.md", REPOSITORY / "kernels" / "README.md"
 KERNELS_RUN = "smollm2"  # the profile whose record tells of the kernels
@@ -23,6 +24,10 @@ ORDER = ("smoke", "laptop", "smollm2", "llama3-8b", "llama2-13b")
 SPEED_COLUMNS = {
     "single_lora": "PEFT, one adapter", "triton": "MeteoRA, `triton`", "dense": "`dense`", "bmm": "`bmm`", "loop": "`loop`",
 }  # fmt: skip
+_COMPOSITES_CAPTION = (
+    "Several problems in one prompt: correct answers per prompt (mean and 95% bootstrap interval; T is the gates' "
+    "temperature, the paper's for each size or 1):"
+)
 NO_RESULTS = "No run is recorded in this checkout yet: `./run_all.sh` makes one and writes it to `results/laptop/`.\n"
 
 
@@ -44,29 +49,39 @@ def results_block(results: Path = RESULTS) -> str:
     parts = []
     for name in [name for name in reversed(ORDER) if name != "smoke"]:
         metrics = results / name / "metrics"
+        guessing = pd.read_csv(metrics / FILE) if (metrics / FILE).is_file() else None
         if (metrics / "independent.csv").is_file():
-            independent = pd.read_csv(metrics / "independent.csv").query("metric == 'accuracy'")
-            means = table1(independent)
+            independent = pd.read_csv(metrics / "independent.csv")
+            means = table1(pd.concat([independent.query("metric == 'accuracy'"), *([] if guessing is None else [guessing])]))
             caption = table1_caption(independent).removeprefix("Table 1. ")
             parts.append(f"**Profile `{name}`: {load_profile(name).description}**\n\n{caption}\n\n{to_markdown(means)}")
+            if guessing is not None and "peft" in set(independent["method"]):
+                few, tasks = tasks_at_a_guess(guessing, independent)
+                parts.append(f"In {few} of {tasks} tasks PEFT's interval reaches down to the better of the two guesses.\n")
         if (metrics / "composite.csv").is_file():
             temperatures = load_profile(name).composite.temperature
-            parts.append(_composites(pd.read_csv(metrics / "composite.csv"), temperatures))
+            parts.append(_composites(pd.read_csv(metrics / "composite.csv"), temperatures, guessing))
     return "\n".join(parts) or NO_RESULTS
 
 
-def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float]) -> str:
+def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float], guessing: pd.DataFrame | None) -> str:
     """One row a protocol and size, one column a method: correct answers of an item, over all its sub-tasks.
 
+    Prompts without examples are left out. Of the problems, those that have an accuracy are counted.
     A method that depends on the temperature has the paper's for each size beside the other methods, and 1 beside that.
     """
     correct = composite[(composite["subtask"] == "ALL") & (composite["metric"] == "correct")]
+    correct = correct[(correct["shots"] > 0) | (correct["protocol"] == "sequential")]
+    scored = composite[composite["metric"] == "accuracy"].groupby("composite")["subtask"].nunique()
+    guess = {} if guessing is None else expected_correct(guessing, composite)
     keys, rows = ["composite", "protocol", "shots"], []
     depends = correct.groupby(["method", *keys])["value"].nunique().groupby("method").max() > 1
     for (size, protocol, shots), cells in correct.groupby(keys, sort=False):
         own_temperature = temperatures.get(size, 1.0)
         items = int(cells["n"].max())
-        row = {"problems": size, "protocol": run_label(protocol, shots), "items": items, "T": f"{own_temperature:g}"}
+        problems = f"{size}" if scored.get(size, size) == size else f"{size} ({scored[size]} scored)"
+        row = {"problems": problems, "protocol": protocol, "items": items, "T": f"{own_temperature:g}"}
+        row |= {"choices at random": f"{guess[size]:.2f}"} if guess else {}
         for method in in_order(correct["method"]):
             own = cells[cells["method"] == method]
             columns = {label(method): own_temperature} | ({f"{label(method)}, T = 1": 1.0} if depends[method] else {})
@@ -74,7 +89,7 @@ def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float]) -> s
                 found = own[own["temperature"] == temperature].itertuples()
                 row[column] = next((interval_text(c.value, c.low, c.high, "correct") for c in found), "")
         rows.append(row)
-    return to_markdown(pd.DataFrame(rows), "Composites, correct answers per item (mean and 95% bootstrap interval):")
+    return to_markdown(pd.DataFrame(rows), _COMPOSITES_CAPTION)
 
 
 def speed_block(results: Path = RESULTS) -> str:
@@ -100,12 +115,17 @@ def _whole_models(rows: pd.DataFrame) -> str:
             launch = next((name for name in ("graph", "eager") if (name, backend) in value), None)
             ratio = value[launch, backend] / value[launch, "base"] if launch else None
             line[column] = f"{ratio:.{2 if ratio < 10 else 0}f}x" + "*" * (launch == "eager") if launch else ""
+        for backend in ("single_lora", "triton"):
+            both = [("eager", backend), ("eager", "base")]
+            ratio = f"{value[both[0]] / value[both[1]]:.2f}x" if all(place in value for place in both) else ""
+            line[f"{SPEED_COLUMNS[backend]}, no graph"] = ratio
         lines.append(line)
     first = rows.iloc[0]
     caption = (
         f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
         f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
-        "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy."
+        "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy. The last two "
+        "columns are without graphs as well, as `model.generate` runs: there Python is what takes the time."
     )
     return to_markdown(pd.DataFrame(lines), caption)
 
@@ -148,7 +168,7 @@ def _gate_training(rows: pd.DataFrame) -> str:
 def claims_block(results: Path = RESULTS) -> str:
     """The paper's claims, each with what the largest recorded run that measured it says, and the command for it.
 
-    Of composites at the temperatures that the paper has for their size.
+    Of composites at the temperatures that the paper has for their size, and with examples in the prompt as there.
     """
     found: dict[str, list | None] = {}
     for name in [name for name in ORDER if name != "smoke"]:  # later ones are larger
@@ -157,7 +177,8 @@ def claims_block(results: Path = RESULTS) -> str:
         if "composite" in metrics:
             temperature = load_profile(name).composite.temperature
             composite = metrics["composite"]
-            metrics["composite"] = composite[composite["temperature"] == composite["composite"].map(temperature)]
+            composite = composite[composite["temperature"] == composite["composite"].map(temperature)]
+            metrics["composite"] = composite[(composite["shots"] > 0) | (composite["protocol"] == "sequential")]
         for row in claims_table(metrics, name).itertuples(index=False):
             if row.paper.startswith("our aim"):
                 continue

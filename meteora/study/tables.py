@@ -24,6 +24,8 @@ METHOD_LABELS = {
     "arrow": "Arrow",
     "xlora": "X-LoRA",
     "lorahub": "LoRAHub (told the task)",
+    "chance": "A choice at random",
+    "majority": "Always the most frequent answer",
 }
 METRIC_LABELS = {
     "accuracy": "accuracy", "bleu": "BLEU", "bleu_published": "BLEU as published", "rouge1": "ROUGE-1",
@@ -52,7 +54,8 @@ def method_means(independent: pd.DataFrame) -> pd.DataFrame:
     """Mean of every metric over the tasks that have it, each task counting the same.
 
     An accuracy's interval is the bootstrap within tasks: k right of n samples are known from a task's row, so nothing
-    beyond the table is needed. The other metrics have no interval here (``low`` and ``high`` are missing).
+    beyond the table is needed. The other metrics have no interval here (``low`` and ``high`` are missing), nor has what
+    has none on single tasks, such as the expectation of a guess.
 
     Returns:
         ``method, metric, value, low, high, tasks, n``; ``n`` samples in all; methods in the order of METHOD_LABELS.
@@ -68,7 +71,7 @@ def method_means(independent: pd.DataFrame) -> pd.DataFrame:
         for method in in_order(by_method):
             part = by_method[method]
             value, low, high = part["value"].mean(), None, None
-            if metric == "accuracy":
+            if metric == "accuracy" and part["low"].notna().all():
                 _, low, high = mean_over_tasks({task: _outcomes(row) for task, row in part.iterrows()})
             rows.append((method, metric, value, low, high, len(part), int(part["n"].sum())))
     return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "tasks", "n"])
@@ -108,7 +111,7 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
     """Table 2: composites per sub-task, MeteoRA beside LoRA-B, then the other methods.
 
     One row for each composite, protocol, shots, temperature, sub-task and metric. Sub-task ALL holds the attempted and
-    the correct answers per item. ``n`` is the number of items.
+    the correct answers per item; a sub-task without an accuracy has no correct ones. ``n`` is the number of items.
     """
     require_columns(composite, COMPOSITE_COLUMNS, "composite.csv")
     methods = [m for m in first if m in set(composite["method"])]
@@ -120,7 +123,10 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
         cells = {
             row.method: interval_text(row.value, row.low, row.high, setting["metric"]) for row in part.itertuples()
         }
-        size = setting["composite"]
+        size, total = setting["composite"], setting["composite"]
+        if setting["metric"] == "correct":
+            of_size = composite[(composite["composite"] == size) & (composite["metric"] == "accuracy")]
+            total = of_size["subtask"].nunique() or size
         metric = METRIC_LABELS.get(setting["metric"], setting["metric"])
         rows.append(
             {
@@ -129,7 +135,7 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
                 "shots": setting["shots"],
                 "T": f"{setting['temperature']:g}",
                 "sub-task": setting["subtask"],
-                "metric": f"{metric} (of {size})" if setting["subtask"] == "ALL" else metric,
+                "metric": f"{metric} (of {total})" if setting["subtask"] == "ALL" else metric,
                 **cells,
                 "n": int(part["n"].max()),
             }
@@ -141,8 +147,10 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
 def table1_caption(independent: pd.DataFrame) -> str:
     """What Table 1 covers, from its own data."""
     samples = independent[independent["metric"] == "accuracy"].groupby("task")["n"].max()
+    others = sorted(set(independent["task"]) - set(samples.index))
+    beside = f" (not {' and '.join(others)}, which BLEU or ROUGE measure)" if others else ""
     return (
-        f"Table 1. Averages over {coverage(independent['task'])}, each task counting the same, with 95% bootstrap "
+        f"Table 1. Averages over {coverage(samples.index)}{beside}, each task counting the same, with 95% bootstrap "
         f"intervals over {int(samples.sum())} test samples in all. Accuracy is strict: whole answers or whole words."
     )
 
