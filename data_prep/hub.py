@@ -70,7 +70,7 @@ def access_trouble(repository: str, kind: str = "model") -> str | None:
     """
     try:
         huggingface_hub.HfApi().auth_check(repository, repo_type=kind)
-    except (GatedRepoError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError.__bases__ as error:  # the HTTP library's own, which there are without an answer, and OSError
         return refusal(repository, error) or f"{repository} cannot be had from the hub ({type(error).__name__})."
     return None
 

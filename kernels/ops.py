@@ -40,6 +40,11 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _require_dense_rows(y: Tensor) -> None:
+    if y.stride(-1) != 1 and y.shape[-1] > 1:
+        raise ValueError(f"y has the strides {y.stride()}, but its rows must be dense; give y.contiguous().")
+
+
 def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with a float32 result, as accumulated."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -56,7 +61,8 @@ def _gated_mix_inplace(
 ) -> None:  # fmt: skip
     if not x.shape[0] or not column_adapter.shape[0]:
         return
-    x = _dense_rows(x)
+    _require_dense_rows(y)
+    x, packed, B = _dense_rows(x), _dense_rows(packed), _dense_rows(B)
     found = grouped.fits(x.shape[0], column_adapter, top_k)
     if found is not None:
         grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
@@ -108,7 +114,8 @@ def _mix_inplace(
 ) -> None:
     if not x.shape[0] or not column_adapter.shape[0]:
         return
-    x = _dense_rows(x)
+    _require_dense_rows(y)
+    x, A, B = _dense_rows(x), _dense_rows(A), _dense_rows(B)
     found = grouped.fits(x.shape[0], column_adapter, indices.shape[1])
     if found is not None:
         grouped.given(y, x, A, B, found, indices, weights)
@@ -164,7 +171,8 @@ def gated_mix(
         out (T, out), and for the backward pass: raw (T, R'), indices (T, k) int32, weights (T, k) float32.
     """
     T, R = len(x), len(column_adapter)
-    out = torch.empty_like(y)
+    y, packed, B = _dense_rows(y), _dense_rows(packed), _dense_rows(B)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
     if not T or not R:
         out.copy_(y)
         return out, y.new_empty(0, padded(R)), y.new_empty(0, top_k, dtype=torch.int32), y.new_empty(0, top_k).float()
@@ -177,8 +185,8 @@ def gated_mix(
 @gated_mix.register_fake
 def _(y, x, A, B, gate, packed, column_adapter, top_k, temperature):
     T = x.shape[0] if len(column_adapter) else 0  # len() would tie a compiled graph to this number of tokens
-    indices = y.new_empty(T, top_k, dtype=torch.int32)
-    return torch.empty_like(y), y.new_empty(T, padded(len(A))), indices, y.new_empty(T, top_k, dtype=torch.float32)
+    indices, weights = y.new_empty(T, top_k, dtype=torch.int32), y.new_empty(T, top_k, dtype=torch.float32)
+    return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty(T, padded(len(A))), indices, weights
 
 
 @torch.library.custom_op("meteora::mix", mutates_args=())
@@ -193,7 +201,8 @@ def mix(
     Returns:
         out (T, out), and for the backward pass raw (T, R').
     """
-    out = torch.empty_like(y)
+    y, A, B = _dense_rows(y), _dense_rows(A), _dense_rows(B)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
     if not len(x) or not len(column_adapter):
         out.copy_(y)
         return out, y.new_empty(0, padded(len(column_adapter)))
@@ -204,7 +213,8 @@ def mix(
 
 @mix.register_fake
 def _(y, x, A, B, column_adapter, indices, weights):
-    return torch.empty_like(y), y.new_empty(x.shape[0] if len(column_adapter) else 0, padded(len(A)))
+    raw = y.new_empty(x.shape[0] if len(column_adapter) else 0, padded(len(A)))
+    return torch.empty_like(y, memory_format=torch.contiguous_format), raw
 
 
 @torch.library.custom_op("meteora::route_backward", mutates_args=())

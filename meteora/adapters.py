@@ -41,6 +41,10 @@ _UNSUPPORTED_OPTIONS = (
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
+# What its client raises without a network or an answer is of the HTTP library's types, which are its own error's bases.
+HUB_ERRORS = HfHubHTTPError.__bases__
+
+
 class AdapterError(ValueError):
     """An adapter that cannot be used, or does not fit; the message names the adapter and the mend."""
 
@@ -151,7 +155,7 @@ def _locate(name: str, source: str) -> Path:
             raise AdapterError(
                 f"adapter {name!r}: there is no directory {source}, and it is no hub id either."
             ) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (*HUB_ERRORS, LocalEntryNotFoundError) as error:
             raise AdapterError(
                 f"adapter {name!r}: there is no directory {source}, and the hub did not give it "
                 f"({type(error).__name__}); check the path, the id or the network."

@@ -91,9 +91,10 @@ def _check_layers(layers: dict[str, dict[str, Tensor]], adapters: Sequence[Adapt
         if missing := sorted(set(PARTS) - set(parts)):
             raise AdapterError(f"{file}: module {module!r} has no {missing[0]}.")
         gate, A, B = (parts[part] for part in PARTS)
-        if len(gate) != len(adapters):
+        matrices = all(tensor.dim() == 2 for tensor in (gate, A, B))
+        if matrices and len(gate) != len(adapters):
             raise AdapterError(f"{file} mixes {len(gate)} adapters, {len(adapters)} were given.")
-        if A.shape[1] != gate.shape[1] or len(A) != B.shape[1] or len(A) % len(adapters):
+        if not matrices or A.shape[1] != gate.shape[1] or len(A) != B.shape[1] or len(A) % len(adapters):
             raise AdapterError(
                 f"{file}: module {module!r} has moe_gate {tuple(gate.shape)}, lora_A {tuple(A.shape)} and lora_B "
                 f"{tuple(B.shape)}; expected (N, in), (N * r, in) and (out, N * r)."

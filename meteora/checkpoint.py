@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors
+from meteora.adapters import (
+    CONFIG_FILE, HUB_ERRORS, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors,
+)  # fmt: skip
 from meteora.config import MeteoraConfig
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def find_checkpoint(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=files))
     except HFValidationError as error:
         raise AdapterError(f"there is no directory {source}, and it is no hub id either.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (*HUB_ERRORS, LocalEntryNotFoundError) as error:
         raise AdapterError(
             f"there is no directory {source}, and the hub did not give it ({type(error).__name__}); check the path, "
             "the id or the network."
@@ -150,7 +152,7 @@ def upload(directory: Path, repo_id: str, *, private: bool | None, token: str | 
         return api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=commit_message).commit_url
     except HFValidationError as error:
         raise AdapterError(f"{repo_id!r} is no hub id; give one such as 'me/my-mixture'.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise AdapterError(
             f"the hub did not take {repo_id!r} ({type(error).__name__}); check the id, the network and your token "
             "(`hf auth login`)."

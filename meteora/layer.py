@@ -145,6 +145,7 @@ class MeteoraLinear(nn.Module):
         grown = torch.cat([old, old.new_zeros(1, self.in_features)])
         self.gate = nn.Linear(self.in_features, len(grown), bias=False, device=old.device, dtype=old.dtype)
         self.gate.weight = nn.Parameter(grown, requires_grad=old.requires_grad)
+        self.forget_packed()
         if weights is None:
             return
         B = (weights.B.to(device, torch.float32) * weights.scaling).to(dtype)
@@ -153,6 +154,14 @@ class MeteoraLinear(nn.Module):
         self.ranks.append((len(grown) - 1, weights.rank))
         owner = self.column_adapter.new_full((weights.rank,), len(grown) - 1)
         self.column_adapter = torch.cat([self.column_adapter, owner])
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> MeteoraLinear:
+        self.forget_packed()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_packed()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
@@ -210,7 +219,9 @@ class MeteoraLinear(nn.Module):
     def packed_weights(self, A: Tensor) -> Tensor | None:
         """What a fused backend multiplies x with, kept as long as the weights stay; ``None``: to be made in each call.
 
-        The kept tensor holds A's values, so ``lora_A`` becomes a view of it and nothing is stored twice.
+        The kept tensor holds A's values, so ``lora_A`` becomes a view of it and nothing is stored twice. Whether the
+        weights stay is seen by their version: not by a compiled graph, and not where torch leaves the version as it is
+        (writes through ``.data``; fused optimisers on a CPU). Whoever writes so calls :meth:`forget_packed`.
         """
         weights = (self.lora_A, self.gate.weight)
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
@@ -223,10 +234,15 @@ class MeteoraLinear(nn.Module):
                 self.hold_packed(pack(A, self.gate.weight))
         return self._packed
 
+    def forget_packed(self) -> None:
+        """The weights are others: what was packed of them counts no more."""
+        self._packed = self._packed_from = None
+
     def hold_packed(self, packed: Tensor) -> None:
         """Keep what was packed of the weights as they are, (C, in)."""
         self._packed = packed
-        if packed.dtype == self.lora_A.dtype:
+        # A parameter that was made under inference mode stays as it is: it can be no view of an ordinary tensor.
+        if packed.dtype == self.lora_A.dtype and not self.lora_A.is_inference():
             self.lora_A.data = packed[: len(self.lora_A)]
         self._packed_from = self._state_of((self.lora_A, self.gate.weight), packed.dtype)
 

@@ -212,6 +212,7 @@ class MeteoraModel(nn.Module):
                     f"{source}: the gate of {name!r} holds NaN or infinite weights; train the gates again."
                 )
             layer.gate.weight.copy_(gates[name])
+            layer.forget_packed()
 
     def add_adapter(self, name: str, source: str | Path) -> None:
         """Add one adapter behind the others; their choices among themselves stay as they are.

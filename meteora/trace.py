@@ -30,11 +30,17 @@ class Trace:
         shape = batch if len(batch) == 2 else (1, -1)
         parts = (logits, routing.indices, routing.weights)
         step = tuple(part.detach().reshape(*shape, part.shape[-1]) for part in parts)
-        if self._steps[name] and self._steps[name][0][0].shape[0] != step[0].shape[0]:
-            raise ValueError(
-                f"this trace holds batches of {self._steps[name][0][0].shape[0]} and now one of {step[0].shape[0]}; "
-                "open a new trace for each batch size."
-            )
+        if self._steps[name]:
+            first, (batch, k) = self._steps[name][0][1].shape, (step[1].shape[0], step[1].shape[-1])
+            if first[0] != batch:
+                raise ValueError(
+                    f"this trace holds batches of {first[0]} and now one of {batch}; open a new trace for each batch size."
+                )
+            if first[-1] != k:
+                raise ValueError(
+                    f"this trace holds {first[-1]} chosen adapters a token and now {k}; open a new trace for each top-k, "
+                    "and for route_to."
+                )
         self._steps[name].append(step)
 
     def _joined(self, part: int) -> dict[str, Tensor]:

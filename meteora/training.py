@@ -71,6 +71,8 @@ def train_gates(
         done = len(history)
         history += [{**row, "step": done + row["step"]} for row in found]
     model.state.warning = None
+    for layer in model.layers.values():
+        layer.forget_packed()  # a model that is compiled next would not see that the gates are others
     accelerator = runs[-1].accelerator
     if output_dir is not None and accelerator.is_main_process:
         model.save_pretrained(output_dir)

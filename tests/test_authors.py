@@ -165,6 +165,7 @@ def test_what_is_missing_or_misshapen_is_named(refused):
     refused(lambda state: state.pop(f"base_model.model.{Q}.lora_B.weight"), f"module '{Q}' has no lora_B")
     shapes = re.escape("moe_gate (3, 32), lora_A (11, 32) and lora_B (32, 12); expected (N, in)")
     refused(cut("lora_A", (11, 32)), f"module '{Q}' has {shapes}")
+    refused(cut("moe_gate", (3,)), rf"module '{Q}' has moe_gate \(3,\)")
     refused(cut("moe_gate", (3, 31)), rf"module '{Q}' has moe_gate \(3, 31\)")
     refused(
         lambda state: state[f"base_model.model.{Q}.moe_gate.weight"].fill_(torch.nan), f"moe_gate of module '{Q}' holds"

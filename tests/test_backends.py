@@ -119,6 +119,15 @@ def test_what_is_not_finite_stays_in_its_token(backend, value):
     assert not torch.isfinite(result[2]).any()
 
 
+@pytest.mark.parametrize("backend", NAMES)
+def test_an_adapter_that_overflows_is_felt_by_those_alone_who_chose_it(backend):
+    y, x, A, B, owner, routing = (problem([2, 3, 1], 5, 1)[i] for i in range(6))
+    first = Routing(torch.zeros_like(routing.indices), routing.weights)
+    clean = MIXERS[backend](y.clone(), x, A, B, owner, first)
+    A = A.masked_fill((owner == 1)[:, None], torch.inf)
+    assert torch.equal(MIXERS[backend](y.clone(), x, A, B, owner, first), clean)
+
+
 def test_own_adapters_are_a_routing_of_whole_samples():
     samples, tokens, adapters, rank = 4, 3, 3, 2
     y, x, A, B, owner, _ = problem([rank] * adapters, samples * tokens, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import meteora
@@ -206,15 +206,16 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(core, model, base, tmp_path
         MeteoraModel.from_pretrained(base, "me/other")
 
 
-def test_a_hub_that_refuses_is_one_sentence(model, monkeypatch):
+@pytest.mark.parametrize("error", HfHubHTTPError.__bases__, ids=lambda error: error.__name__)
+def test_a_hub_that_refuses_or_is_silent_is_one_sentence(model, monkeypatch, error):
     class Refusing(FakeHub):
         def create_repo(self, repo_id, **options):
-            raise OSError("no route to host")
+            raise error("no route to host")
 
     monkeypatch.setattr(checkpoint, "HfApi", Refusing(None))
-    with pytest.raises(AdapterError, match="the hub did not take 'me/mixture' .*your token") as error:
+    with pytest.raises(AdapterError, match="the hub did not take 'me/mixture' .*your token") as told:
         model.push_to_hub("me/mixture")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(told.value)
     monkeypatch.undo()
     with pytest.raises(AdapterError, match="'no id at all' is no hub id"):
         model.push_to_hub("no id at all")

@@ -360,6 +360,28 @@ def test_opcheck():
     torch.library.opcheck(operators.mix, (*leaves[:4], owner, indices, weights.requires_grad_()))
 
 
+def test_operands_may_lie_in_any_order_but_what_is_added_to():
+    y, x, A, B, gate, owner = problem(8, 16, 20, [4, 4, 4])
+    indices, weights = routing_of(8, 3, 2)
+    other_a, other_b = (t.t().contiguous().t() for t in (A, B))
+    assert other_a.stride(-1) != 1 and other_b.stride(-1) != 1
+    chosen, given = ops.gated_mix_ref(y, x, A, B, gate, owner, 2), ops.mix_ref(y, x, A, B, owner, indices, weights)
+    packed = pack(other_a, gate)
+    across = y.t().contiguous().t()
+    close(ops.gated_mix_(y.clone(), x, packed.t().contiguous().t(), other_b, owner, 3, 2), chosen)
+    close(ops.gated_mix(across, x, other_a, other_b, gate, packed, owner, 2, 1.0)[0], chosen)
+    close(ops.mix_(y.clone(), x, other_a, other_b, owner, indices, weights), given)
+    close(ops.mix(across, x, other_a, other_b, owner, indices, weights)[0], given)
+    for call in (
+        lambda: ops.gated_mix_(across, x, packed, B, owner, 3, 2), lambda: ops.mix_(across, x, A, B, owner, indices, weights)
+    ):
+        with pytest.raises(ValueError, match=r"y has the strides \(1, 8\), but its rows must be dense"):
+            call()
+    leaves = [t.requires_grad_() for t in (across, x, other_a, other_b, gate)]
+    torch.library.opcheck(torch.ops.meteora.gated_mix, (*leaves, packed.detach(), owner, 2, 1.0))
+    torch.library.opcheck(torch.ops.meteora.mix, (*leaves[:4], owner, indices, weights))
+
+
 def test_compiled_into_one_graph():
     y, x, A, B, gate, owner = problem(8, 16, 16, [4, 4, 4])
     packed = pack(A, gate)

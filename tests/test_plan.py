@@ -58,6 +58,23 @@ def test_nobody_is_asked_where_nothing_is_missing(monkeypatch, tmp_path):
     describe(Workspace("smoke", root=tmp_path), [])
 
 
+def test_a_download_that_was_broken_off_is_still_to_be_made(tmp_path):
+    folder = tmp_path / "models--meta-llama--Meta-Llama-3-8B"
+
+    def cached():
+        return next(download for download in downloads(LLAMA) if download.hub[0] == "model").cached
+
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    assert not cached()
+    weights = folder / "snapshots" / "abc" / "model.safetensors"
+    weights.touch()
+    assert cached()
+    (folder / "blobs" / "def.incomplete").touch()
+    assert not cached()
+
+
 def test_loading_a_gated_model_says_the_same(monkeypatch):
     def from_pretrained(*arguments, **options):
         raise OSError("You are trying to access a gated repo.") from refused(GatedRepoError)

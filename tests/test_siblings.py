@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from meteora import MeteoraConfig, MeteoraModel
+from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
 from meteora.kernels import decode, ops
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -296,3 +297,53 @@ def test_added_adapters_and_unloading(model, core, tiny_llama, tmp_path):
     copied = copy.deepcopy(model)
     assert torch.equal(model(input_ids=ids).logits, copied(input_ids=ids).logits)
     assert all(layer in layer.siblings.layers for layer in copied.layers.values())
+
+
+def _trained(model, core, tmp_path):
+    rows = [{"prompt": name * 3, "response": name, "task": name} for name in "abc"] * 2
+    model.set_backend("dense")
+    train_gates(model, rows, GateTrainingConfig(max_steps=8, learning_rate=1.0), tokenizer=core.Tokenizer())
+    model.set_backend("triton")
+
+
+def _grown(model, core, tmp_path):
+    model.add_adapter("d", core.make_adapter(tmp_path / "d", AutoModelForCausalLM.from_config(model.config), r=3, seed=9))
+    core.randomize_gates(model, std=0.3, seed=5)
+    model.state.warning = None
+
+
+def _halved(model, core, tmp_path):
+    model.half()
+
+
+def _loaded(model, core, tmp_path):
+    model.load_state_dict({n: -t if "gate.weight" in n else t for n, t in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [_trained, _grown, _halved, _loaded])
+def test_a_model_compiled_after_a_change_computes_with_the_weights_of_then(model, core, tmp_path, change):
+    ids = core.tokens(1, 3)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits  # packs the weights
+    change(model, core, tmp_path)
+    compiled = torch.compile(model.base_model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(input_ids=ids, use_cache=False).logits
+        expected = separate(model)(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+    assert change is _halved or (before - expected).abs().max() > 1e-3
+
+
+def test_a_model_made_under_inference_mode(model, core, tiny_llama, tmp_path):
+    with torch.inference_mode():
+        base = AutoModelForCausalLM.from_config(model.config)
+        paths = {name: core.make_adapter(tmp_path / f"i{name}", base, r=3, seed=n) for n, name in enumerate("ab")}
+        made = core.randomize_gates(MeteoraModel.from_adapters(base, paths, MeteoraConfig(backend="triton")), std=0.3)
+        ids = core.tokens(2, 5)
+        found = [made(input_ids=ids).logits for _ in range(3)]
+    with torch.no_grad():
+        found.append(made(input_ids=ids).logits)
+        made.set_backend("dense")
+        expected = made(input_ids=ids).logits
+    for logits in found:
+        torch.testing.assert_close(logits, expected)

@@ -132,6 +132,14 @@ def test_beam_search_is_refused(core, model, how):
     model.generate(*args, **settings)
 
 
+def test_passes_of_another_k_are_refused(core, model):
+    with torch.no_grad(), model.trace():
+        model(core.tokens(3))
+        with pytest.raises(ValueError, match="holds 3 chosen adapters a token and now 1; open a new trace"):
+            with model.route_to("one"):
+                model(core.tokens(3))
+
+
 def test_batches_of_different_sizes_are_refused(core, model):
     with torch.no_grad(), model.trace():
         model(core.tokens(3))

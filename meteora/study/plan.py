@@ -91,7 +91,10 @@ def _package(what: str, file: PackageFile, cache: str | None) -> Download:
 def _hub(what: str, kind: str, repository: str, size: int | None = None) -> Download:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cached = (Path(HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}").is_dir()
+    folder = Path(HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
+    wanted = "snapshots/*/*.safetensors" if kind == "model" else "snapshots/*/**/*"
+    # What a download that was broken off leaves is no more than a beginning.
+    cached = any(path.is_file() for path in folder.glob(wanted)) and not any(folder.glob("blobs/*.incomplete"))
     return Download(f"{what}: {repository} from the Hugging Face hub", size, cached, (kind, repository))
 
 
