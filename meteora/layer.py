@@ -155,7 +155,7 @@ class MeteoraLinear(nn.Module):
         owner = self.column_adapter.new_full((weights.rank,), len(grown) - 1)
         self.column_adapter = torch.cat([self.column_adapter, owner])
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> MeteoraLinear:
+    def _apply(self, fn: Callable, recurse: bool = True) -> MeteoraLinear:  # moves and converts
         self.forget_packed()
         return super()._apply(fn, recurse)
 

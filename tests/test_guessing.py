@@ -1,12 +1,16 @@
 """What is right without a look at the prompt: its expectation, its most frequent answer, and who is no better."""
 
+import json
 import logging
 
 import pandas as pd
 import pytest
 import yaml
 
-from meteora.study.guessing import expected_correct, guessing_rows, main, tasks_at_a_guess
+from meteora.study.artifacts import ArtifactError, Workspace
+from meteora.study.guessing import (
+    expected_correct, guess, guessing_rows, load_guessing, main, tasks_at_a_guess,
+)  # fmt: skip
 from meteora.study.profiles import PROFILES
 from meteora.study.tables import table1
 
@@ -47,9 +51,20 @@ def test_without_choices_there_is_nothing_to_choose_from_but_a_frequent_answer()
     assert (found["chance"]["value"], found["majority"]["value"]) == (0.0, 0.5)
 
 
-def test_a_task_without_an_accuracy_has_no_row():
+def test_a_task_without_an_accuracy_has_no_row(tmp_path):
     rows = {"topical_chat": examples("topical_chat", "hello", choices=[])}
     assert guessing_rows(rows, rows) == []
+    workspace = Workspace("smoke", root=tmp_path)
+    (workspace.data / "topical_chat").mkdir()
+    (workspace.data / "manifest.json").write_text('{"tasks": {"topical_chat": {}}}')
+    for split in ("train", "test"):
+        (workspace.data / "topical_chat" / f"{split}.jsonl").write_text(json.dumps(rows["topical_chat"][0]) + "\n")
+    with pytest.raises(ArtifactError, match=r"guessing.csv is missing: run notebook 01_adapter_collection first"):
+        load_guessing(workspace)
+    found = guess(workspace)
+    workspace.write_csv("guessing.csv", found)
+    for frame in (found, load_guessing(workspace)):
+        assert frame.empty and list(frame.columns) == list(GUESSING.columns)
 
 
 GUESSING = pd.DataFrame(

@@ -1,6 +1,7 @@
 """What is right without a look at the prompt: the floor under the accuracies of multiple-choice tasks.
 
-Notebook 03 writes ``guessing.csv`` and shows it in Table 1. It needs no model, so any machine can do that::
+Notebook 01 writes ``guessing.csv``, later ones show it beside what methods get right. It needs no model, so any machine
+can do that::
 
     .venv/bin/python -P -m meteora.study.guessing --profile smollm2
 """
@@ -18,11 +19,12 @@ import pandas as pd
 from data_prep.errors import DataError
 from data_prep.prepare import MANIFEST, load_split
 from data_prep.tasks import get_task
-from meteora.study.artifacts import Workspace
+from meteora.study.artifacts import ArtifactError, Workspace
 from meteora.study.examples import prepare_examples
 from meteora.study.measures import Example, Row, interval_row, references, strict_scores
 from meteora.study.profiles import ProfileError, load_profile
 from meteora.study.scoring import score
+from meteora.study.tables import INDEPENDENT_COLUMNS, scored_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -56,26 +58,38 @@ def _right(example: Example) -> list[str]:
     return [choice for choice in choices if score(task, choice, references(example), choices)]
 
 
-def tasks_at_a_guess(guessing: pd.DataFrame, independent: pd.DataFrame, method: str = "peft") -> tuple[int, int]:
-    """In how many tasks the method's interval reaches down to the better guess, and of how many tasks."""
+def tasks_at_a_guess(guessing: pd.DataFrame, independent: pd.DataFrame) -> tuple[int, int]:
+    """In how many tasks the interval of `peft` reaches down to the better guess, and of how many tasks."""
     better = guessing.groupby("task")["value"].max()
-    own = independent[(independent["metric"] == "accuracy") & (independent["method"] == method)].set_index("task")
+    own = independent[(independent["metric"] == "accuracy") & (independent["method"] == "peft")].set_index("task")
     return int((own["low"] <= better.reindex(own.index)).sum()), len(own)
 
 
 def expected_correct(guessing: pd.DataFrame, composite: pd.DataFrame) -> dict[int, float]:
     """Size of a composite -> the right answers that `chance` has in an item, by the frames of the two files."""
     chance = guessing[guessing["method"] == "chance"].set_index("task")["value"]
-    scored = composite[composite["metric"] == "accuracy"].groupby("composite")["subtask"].unique()
-    return {size: float(sum(chance[task] for task in tasks)) for size, tasks in scored.items()}
+    return {size: float(chance[tasks].sum()) for size, tasks in scored_tasks(composite).items()}
 
 
 def guess(workspace: Workspace) -> pd.DataFrame:
-    """The rows for the examples that methods are tested on, which notebook 01 has prepared."""
+    """The rows for the examples that methods are tested on, once they are prepared."""
     tasks = json.loads((workspace.data / MANIFEST).read_text(encoding="utf-8"))["tasks"]
     train, tests = ({task: load_split(workspace.data, task, split) for task in tasks} for split in ("train", "test"))
     count = workspace.profile.evaluation.test_samples
-    return pd.DataFrame(guessing_rows(train, {task: rows[:count] for task, rows in tests.items()}))
+    rows = guessing_rows(train, {task: rows[:count] for task, rows in tests.items()})
+    return pd.DataFrame(rows, columns=list(INDEPENDENT_COLUMNS))
+
+
+def load_guessing(workspace: Workspace) -> pd.DataFrame:
+    """What notebook 01 has left.
+
+    Raises:
+        ArtifactError: if it has not.
+    """
+    path = workspace.metrics / FILE
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: run notebook 01_adapter_collection first.")
+    return pd.read_csv(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

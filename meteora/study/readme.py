@@ -15,7 +15,7 @@ from meteora.study.benchmark_rows import read_rows
 from meteora.study.claims import COLUMNS, claims_table
 from meteora.study.guessing import FILE, expected_correct, tasks_at_a_guess
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
-from meteora.study.tables import in_order, interval_text, label, table1, table1_caption, to_markdown
+from meteora.study.tables import in_order, interval_text, label, scored_tasks, table1, table1_caption, to_markdown
 
 README, KERNELS = REPOSITORY / "README.md", REPOSITORY / "kernels" / "README.md"
 KERNELS_RUN = "smollm2"  # the profile whose record tells of the kernels
@@ -72,14 +72,15 @@ def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float], gues
     """
     correct = composite[(composite["subtask"] == "ALL") & (composite["metric"] == "correct")]
     correct = correct[(correct["shots"] > 0) | (correct["protocol"] == "sequential")]
-    scored = composite[composite["metric"] == "accuracy"].groupby("composite")["subtask"].nunique()
+    scored = scored_tasks(composite)
     guess = {} if guessing is None else expected_correct(guessing, composite)
     keys, rows = ["composite", "protocol", "shots"], []
     depends = correct.groupby(["method", *keys])["value"].nunique().groupby("method").max() > 1
     for (size, protocol, shots), cells in correct.groupby(keys, sort=False):
         own_temperature = temperatures.get(size, 1.0)
         items = int(cells["n"].max())
-        problems = f"{size}" if scored.get(size, size) == size else f"{size} ({scored[size]} scored)"
+        few = len(scored.get(size, range(size)))
+        problems = f"{size}" if few == size else f"{size} ({few} scored)"
         row = {"problems": problems, "protocol": protocol, "items": items, "T": f"{own_temperature:g}"}
         row |= {"choices at random": f"{guess[size]:.2f}"} if guess else {}
         for method in in_order(correct["method"]):
@@ -125,7 +126,7 @@ def _whole_models(rows: pd.DataFrame) -> str:
         f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
         f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
         "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy. The last two "
-        "columns are without graphs as well, as `model.generate` runs: there Python is what takes the time."
+        "columns are without graphs as well, as `model.generate` runs: Python then starts one kernel after the other."
     )
     return to_markdown(pd.DataFrame(lines), caption)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import MANIFEST
+from meteora.adapters import file_sha256
 from meteora.study.artifacts import NOTEBOOKS, Stage, Workspace, existing_stages, versions, write_json
 from meteora.study.profiles import REPOSITORY
 
@@ -221,7 +222,5 @@ class Records:
         """The manifest of examples and the sha256 of weights among what a stage must leave."""
         paths, manifest = self.workspace.left_by(stage.number), self.workspace.artifacts / "data" / MANIFEST
         weights = sorted(file for path in paths for file in path.rglob("*.safetensors"))
-        names = [str(file.relative_to(self.workspace.artifacts)) for file in weights]
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights]
         data = {"data": json.loads(manifest.read_text(encoding="utf-8"))} if manifest in paths else {}
-        return {**data, "files": dict(zip(names, digests, strict=True))}
+        return data | {"files": {str(p.relative_to(self.workspace.artifacts)): file_sha256(p) for p in weights}}

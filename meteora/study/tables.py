@@ -117,16 +117,15 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
     methods = [m for m in first if m in set(composite["method"])]
     methods += [m for m in in_order(composite["method"]) if m not in methods]
     keys = ["composite", "protocol", "shots", "temperature", "subtask", "metric"]
+    scored = scored_tasks(composite)
     rows = []
     for key, part in composite.groupby(keys, sort=False):
         setting = dict(zip(keys, key))
         cells = {
             row.method: interval_text(row.value, row.low, row.high, setting["metric"]) for row in part.itertuples()
         }
-        size, total = setting["composite"], setting["composite"]
-        if setting["metric"] == "correct":
-            of_size = composite[(composite["composite"] == size) & (composite["metric"] == "accuracy")]
-            total = of_size["subtask"].nunique() or size
+        size = setting["composite"]
+        total = len(scored.get(size, range(size))) if setting["metric"] == "correct" else size
         metric = METRIC_LABELS.get(setting["metric"], setting["metric"])
         rows.append(
             {
@@ -142,6 +141,12 @@ def table2(composite: pd.DataFrame, *, first: Sequence[str] = ("meteora_top2", "
         )
     table = pd.DataFrame(rows)[["composite", "protocol", "shots", "T", "sub-task", "metric", *methods, "n"]]
     return table.rename(columns=label).fillna("")
+
+
+def scored_tasks(composite: pd.DataFrame) -> dict[int, list[str]]:
+    """Size of a composite -> those of its sub-tasks that have an accuracy, so that their answers can be correct."""
+    rows = composite[composite["metric"] == "accuracy"]
+    return {size: list(dict.fromkeys(tasks)) for size, tasks in rows.groupby("composite")["subtask"]}
 
 
 def table1_caption(independent: pd.DataFrame) -> str:

@@ -91,16 +91,13 @@ class Stopwatch:
 
     def _events(self, call: Call, count: int, idle: bool) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        if idle:
-            self._start(call, pairs, idle)
-        else:
-            for doubling in range(DOUBLINGS + 1):
-                for _ in range(AHEAD << doubling):
-                    self._flush.zero_()
-                if self._start(call, pairs, idle):
-                    break
-                torch.cuda.synchronize(self.device)
-        torch.cuda.synchronize(self.device)
+        for doubling in range(DOUBLINGS + 1):
+            for _ in range(0 if idle else AHEAD << doubling):
+                self._flush.zero_()
+            in_time = self._start(call, pairs, idle)
+            torch.cuda.synchronize(self.device)
+            if idle or in_time:
+                break
         return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
 
     def _start(self, call: Call, pairs: list[list[torch.cuda.Event]], idle: bool) -> bool:
