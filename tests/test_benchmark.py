@@ -505,10 +505,10 @@ def test_on_a_gpu_graphs_are_timed_and_what_waits_is_eager(tmp_path):
     settings = replace(SETTINGS, layers=(study,), backends=(*BACKENDS, "triton", "auto"), dtype="bfloat16")
     assert run(tmp_path / "benchmark.csv", settings, torch.device("cuda"))
     rows = read_rows(tmp_path / "benchmark.csv").query("workload == 'layer' and metric == 'time_us'")
-    assert set(rows[rows["unit"] == NOT_CAPTURABLE]["backend"]) == {"loop", "bmm"}
+    assert set(rows[rows["unit"] == NOT_CAPTURABLE]["backend"]) == {"loop"}
     timed = rows.dropna(subset="value").groupby("backend")["launch"].unique().map(set)
     for name in strategies(settings.backends):
-        assert timed[name] == ({"eager"} if name in ("loop", "bmm") else {"graph"})
+        assert timed[name] == ({"eager"} if name == "loop" else {"graph"})
 
 
 @GPU
