@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meteora.backends import MIXERS, get_gated_mix, get_mix, resolve, triton
+from meteora.backends import MIXERS, bmm, get_gated_mix, get_mix, resolve, triton
 from meteora.backends.own import mix_own
 from meteora.gating import Routing
 
@@ -126,6 +126,36 @@ def test_an_adapter_that_overflows_is_felt_by_those_alone_who_chose_it(backend):
     clean = MIXERS[backend](y.clone(), x, A, B, owner, first)
     A = A.masked_fill((owner == 1)[:, None], torch.inf)
     assert torch.equal(MIXERS[backend](y.clone(), x, A, B, owner, first), clean)
+
+
+def test_bmm_asks_for_the_columns_once_for_a_layer_and_again_when_they_change(monkeypatch):
+    asked = []
+    find = bmm._find
+    monkeypatch.setattr(bmm, "_find", lambda owner: asked.append(len(owner)) or find(owner))
+    y, x, A, B, owner, routing = problem([2, 3], 4, 1)
+    for _ in range(2):
+        torch.testing.assert_close(bmm.mix(y.clone(), x, A, B, owner, routing), reference(y, x, A, B, owner, routing))
+    assert asked == [5]
+    owner.copy_(owner.flip(0))
+    torch.testing.assert_close(bmm.mix(y.clone(), x, A, B, owner, routing), reference(y, x, A, B, owner, routing))
+    assert asked == [5, 5]
+    kept = len(bmm._kept)
+    del owner
+    assert len(bmm._kept) == kept - 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_bmm_fits_into_a_cuda_graph():
+    y, x, A, B, owner, routing = problem([2, 0, 3], 4, 2, dtype=torch.float32)
+    routing = Routing(routing.indices.cuda(), routing.weights.cuda())
+    there = [t.cuda() for t in (y, x, A, B, owner)]
+    bmm.mix(there[0].clone(), *there[1:], routing)  # finds the columns
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bmm.mix(*there, routing)
+    graph.replay()
+    here = Routing(routing.indices.cpu(), routing.weights.cpu())
+    torch.testing.assert_close(there[0].cpu(), reference(y, x, A, B, owner, here), rtol=1e-3, atol=1e-3)
 
 
 def test_own_adapters_are_a_routing_of_whole_samples():
