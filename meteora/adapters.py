@@ -12,10 +12,12 @@ from urllib.parse import quote, unquote
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from meteora.hub import HUB_ERRORS, absence
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,9 +42,8 @@ _UNSUPPORTED_OPTIONS = (
 # These initialisations change the base weights at the start of training, so the adapter fits only that changed base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-
-# What its client raises without a network or an answer is of the HTTP library's types, which are its own error's bases.
-HUB_ERRORS = HfHubHTTPError.__bases__
+# Options of one module: the adapter's own, and that by which PEFT gives some modules others.
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 class AdapterError(ValueError):
@@ -151,15 +152,8 @@ def _locate(name: str, source: str) -> Path:
     if not directory.is_dir():
         try:
             directory = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        except HFValidationError as error:
-            raise AdapterError(
-                f"adapter {name!r}: there is no directory {source}, and it is no hub id either."
-            ) from error
-        except (*HUB_ERRORS, LocalEntryNotFoundError) as error:
-            raise AdapterError(
-                f"adapter {name!r}: there is no directory {source}, and the hub did not give it "
-                f"({type(error).__name__}); check the path, the id or the network."
-            ) from error
+        except (*HUB_ERRORS, HFValidationError) as error:
+            raise AdapterError(f"adapter {name!r}: {absence(source, error)}") from error
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / file).is_file():
             raise AdapterError(
@@ -191,7 +185,24 @@ def _read_config(name: str, directory: Path) -> dict:
             f"adapter {name!r} was initialised by {init!r}, which changes the base model; convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...) first."
         )
+    _check_numbers(name, directory / CONFIG_FILE, config)
     return config
+
+
+def _check_numbers(name: str, file: Path, config: dict) -> None:
+    mend = "save the adapter again with PEFT's save_pretrained."
+    for option, pattern in _PATTERNS.items():
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterError(f"adapter {name!r}: {file} has {pattern}={patterns!r}, which must be an object; {mend}")
+        values = {option: _own(config, option), **{f"{pattern}[{key!r}]": value for key, value in patterns.items()}}
+        for key, value in values.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (option == "r" and value < 1):
+                raise AdapterError(
+                    f"adapter {name!r}: {file} has {key}={value!r}, which must be a "
+                    f"{'positive' if option == 'r' else 'finite'} number; {mend}"
+                )
 
 
 def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, LoraWeights]:
@@ -227,5 +238,9 @@ def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> 
 
 def _module_option(config: dict, option: str, module: str) -> float:
     """The ``r`` or ``lora_alpha`` of one module: PEFT's pattern where one fits its name, else the adapter's own."""
-    patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[option]) or {}
-    return patterns.get(get_pattern_key(patterns.keys(), module), config.get(option, 8))  # 8 is PEFT's default of both
+    patterns = config.get(_PATTERNS[option]) or {}
+    return patterns.get(get_pattern_key(patterns.keys(), module), _own(config, option))
+
+
+def _own(config: dict, option: str) -> float:
+    return config.get(option, 8)  # PEFT's default of both

@@ -26,9 +26,9 @@ from torch import Tensor
 from meteora.adapters import PEFT_PREFIX, Adapter, AdapterError, LoraWeights, peft_tensors
 
 PARTS = ("moe_gate", "lora_A", "lora_B")
-COMPARED_MODULES = 16  # enough to tell the adapters apart; one would do
 # Training moves an adapter's update B A, but not so far that its cosine with where it began is that of a stranger's.
 LEAST_SIMILARITY = 0.1
+CLEARLY_NEARER = 0.1  # radians: in one module alone, adapters that are much alike may come to lie nearer to each other
 
 
 def read_authors_checkpoint(file: str | Path, adapters: Sequence[Adapter]) -> tuple[list[Adapter], dict[str, Tensor]]:
@@ -42,7 +42,7 @@ def read_authors_checkpoint(file: str | Path, adapters: Sequence[Adapter]) -> tu
 
     Raises:
         AdapterError: if the file is missing, unreadable or incomplete, or its adapters are others than ``adapters``,
-            or the same ones in another order.
+            or the same ones in another order, be it in one module.
     """
     layers = _read(Path(file).expanduser())
     _check_layers(layers, adapters, file)
@@ -126,7 +126,11 @@ def _block(layers: dict[str, dict[str, Tensor]], n: int, adapter: Adapter) -> di
 
 def _check_order(blocks: Sequence[dict[str, LoraWeights]], adapters: Sequence[Adapter], file: str | Path) -> None:
     names = [adapter.name for adapter in adapters]
-    similar = _similarity(blocks, [adapter.modules for adapter in adapters])
+    cosines = {
+        module: _cosines([block[module] for block in blocks], [adapter.modules[module] for adapter in adapters])
+        for module in blocks[0]
+    }
+    similar = torch.stack(list(cosines.values())).mean(0)
     nearest = similar.argmax(dim=1).tolist()
     found = [n if similar[n, n] >= similar[n].max() - 1e-6 else best for n, best in enumerate(nearest)]
     for n, best in enumerate(found):
@@ -141,24 +145,30 @@ def _check_order(blocks: Sequence[dict[str, LoraWeights]], adapters: Sequence[Ad
                 f"{file}: the adapter in place {n} is {names[best]!r}, but {names[n]!r} was given there; the "
                 f"checkpoint's order is {', '.join(repr(names[n]) for n in found)}."
             )
+    for module, similar in cosines.items():
+        angles = similar.clamp(-1, 1).arccos()
+        for n, best in enumerate(angles.argmin(dim=1).tolist()):
+            if angles[n, n] > angles[n, best] + CLEARLY_NEARER:
+                raise AdapterError(
+                    f"{file}: in module {module!r} the adapter in place {n} is {names[best]!r}, which elsewhere is "
+                    f"{names[n]!r}; every module must have one order, so convert or download the file again."
+                )
 
 
-def _similarity(blocks: Sequence[dict[str, LoraWeights]], adapters: Sequence[dict[str, LoraWeights]]) -> Tensor:
-    """Cosines (N, N) between the updates B A of the blocks and of the adapters, averaged over some modules.
+def _cosines(blocks: Sequence[LoraWeights], adapters: Sequence[LoraWeights]) -> Tensor:
+    """Cosines (N, N) between the updates B A of the blocks and of the adapters in one module.
 
     <B A, B' A'> = sum((B^T B') * (A A'^T)), so that no (out, in) matrix is formed.
     """
-    count, modules = len(blocks), list(blocks[0])
-    chosen = modules[:: -(-len(modules) // COMPARED_MODULES)]
-    total = torch.zeros(count, count)
-    for module in chosen:
-        pairs = [weights[module] for weights in (*blocks, *adapters)]
-        A, B = torch.cat([pair.A.float() for pair in pairs]), torch.cat([pair.B.float() for pair in pairs], dim=1)
-        products = (B.t() @ B) * (A @ A.t())  # (2 N r, 2 N r)
-        inner = products.view(2 * count, -1, 2 * count, pairs[0].rank).sum((1, 3))  # (2 N, 2 N)
-        norms = inner.diagonal().clamp(min=1e-30).sqrt()
-        total += (inner / norms / norms.unsqueeze(1))[:count, count:]
-    return total / len(chosen)
+    count, rank = len(blocks), blocks[0].rank
+    A, other_A = (torch.stack([pair.A.float() for pair in pairs]) for pairs in (blocks, adapters))  # (N, r, in)
+    Bt, other_Bt = (torch.stack([pair.B.float().t() for pair in pairs]) for pairs in (blocks, adapters))  # (N, r, out)
+    products = (Bt.flatten(0, 1) @ other_Bt.flatten(0, 1).t()) * (A.flatten(0, 1) @ other_A.flatten(0, 1).t())
+    inner = products.view(count, rank, count, rank).sum((1, 3))
+    norms, other_norms = (
+        ((B @ B.mT) * (A @ A.mT)).sum((1, 2)).clamp(min=1e-30).sqrt() for A, B in ((A, Bt), (other_A, other_Bt))
+    )
+    return inner / norms.unsqueeze(1) / other_norms
 
 
 def _with_weights(adapter: Adapter, modules: dict[str, LoraWeights]) -> Adapter:

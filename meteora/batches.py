@@ -103,7 +103,7 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
     A row that is too long loses the beginning of its prompt (of its first turns), so that the response stays.
 
     Raises:
-        ValueError: for a row that lacks a key, or whose task is not in ``task_ids``.
+        ValueError: for a row that lacks a key or has no string there, or whose task is not in ``task_ids``.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
@@ -189,6 +189,9 @@ def _task_of(
     missing, names = set(needed) - set(turn), ", ".join(needed)
     if missing:
         raise ValueError(f"row {row} of the dataset has no {sorted(missing)[0]!r}; each needs {names}.")
+    for key in needed:
+        if not isinstance(turn[key], str):
+            raise ValueError(f"row {row} of the dataset has {key}={turn[key]!r}, which must be a string.")
     if turn["task"] not in task_ids:
         known = ", ".join(map(repr, task_ids))
         raise ValueError(

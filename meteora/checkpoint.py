@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meteora.adapters import (
-    CONFIG_FILE, HUB_ERRORS, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors,
+    CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors,
 )  # fmt: skip
 from meteora.config import MeteoraConfig
+from meteora.hub import HUB_ERRORS, absence
 
 if TYPE_CHECKING:
     from meteora.model import MeteoraModel
@@ -33,7 +34,7 @@ def find_checkpoint(source: str | Path) -> Path:
     """The directory of a checkpoint: ``source`` itself, or the hub repository of that id, downloaded.
 
     Raises:
-        AdapterError: if there is neither.
+        AdapterError: if there is neither, or the hub does not give it.
     """
     directory = Path(source).expanduser()
     if directory.is_dir():
@@ -41,13 +42,8 @@ def find_checkpoint(source: str | Path) -> Path:
     files = [MODEL_FILE, GATES_FILE, f"adapters/*/{CONFIG_FILE}", f"adapters/*/{WEIGHTS_FILE}"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=files))
-    except HFValidationError as error:
-        raise AdapterError(f"there is no directory {source}, and it is no hub id either.") from error
-    except (*HUB_ERRORS, LocalEntryNotFoundError) as error:
-        raise AdapterError(
-            f"there is no directory {source}, and the hub did not give it ({type(error).__name__}); check the path, "
-            "the id or the network."
-        ) from error
+    except (*HUB_ERRORS, HFValidationError) as error:
+        raise AdapterError(absence(source, error)) from error
 
 
 def read_settings(directory: Path) -> dict:
@@ -66,7 +62,19 @@ def read_settings(directory: Path) -> dict:
     version = saved.get("format") if isinstance(saved, dict) else None
     if version != FORMAT:
         raise AdapterError(f"{directory} has format {version!r}; this version reads format {FORMAT}.")
+    _check_settings(saved, directory / MODEL_FILE)
     return saved
+
+
+def _check_settings(saved: dict, file: Path) -> None:
+    mend = "copy the checkpoint again, or save it anew."
+    for key, kind in (("config", dict), ("adapters", list), ("warning", str | None)):
+        if not isinstance(saved.get(key, ...), kind):
+            raise AdapterError(f"{file} has no usable {key!r}; {mend}")
+    for n, entry in enumerate(saved["adapters"]):
+        for keys in (("name",), ("sha256",), ("directory", "source")):
+            if not isinstance(entry, dict) or not any(isinstance(entry.get(key), str) for key in keys):
+                raise AdapterError(f"{file} has no usable {' or '.join(map(repr, keys))} of adapter {n}; {mend}")
 
 
 def read_adapters(directory: Path, saved: dict) -> list[Adapter]:

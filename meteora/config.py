@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 
 BACKENDS = ("auto", "loop", "bmm", "dense", "triton")
 OBJECTIVES = ("joint", "gate")
@@ -12,7 +14,7 @@ BALANCES = ("token", "turn")
 
 def check_temperature(temperature: float) -> float:
     """Return ``temperature`` as a float, or raise ``ValueError``: a softmax needs a positive, finite one."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):  # numpy's numbers are of these, too
         raise ValueError(f"temperature must be a number, not {temperature!r}.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, not {temperature!r}.")
@@ -20,8 +22,8 @@ def check_temperature(temperature: float) -> float:
 
 
 def check_top_k(top_k: int, num_adapters: int) -> int:
-    """Return ``top_k``, or raise ``ValueError`` unless it is a whole number in 1..``num_adapters``."""
-    _check_count("top_k", top_k)
+    """Return ``top_k`` as an int, or raise ``ValueError`` unless it is a whole number in 1..``num_adapters``."""
+    top_k = _check_count("top_k", top_k)
     if top_k > num_adapters:
         raise ValueError(f"top_k={top_k} is more than the {num_adapters} adapters there are; choose 1..{num_adapters}.")
     return top_k
@@ -34,9 +36,15 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _check_count(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def _check_count(name: str, value: int, minimum: int = 1) -> int:
+    """Return ``value``, of whatever integer type it is, as an int."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if isinstance(value, bool) or count is None or count < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}.")
+    return count
 
 
 def _check_rate(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
@@ -62,7 +70,7 @@ class MeteoraConfig:
 
     def __post_init__(self) -> None:
         if self.top_k is not None:
-            _check_count("top_k", self.top_k)
+            self.top_k = _check_count("top_k", self.top_k)
         self.temperature = check_temperature(self.temperature)
         check_backend(self.backend)
         if not isinstance(self.absolute_logits, bool):
@@ -99,11 +107,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check_rate("epochs", self.epochs, high=1e6)
         if self.max_steps is not None:
-            _check_count("max_steps", self.max_steps)
-        for name in ("samples_per_step", "tokens_per_batch"):
-            _check_count(name, getattr(self, name))
-        _check_count("max_length", self.max_length, minimum=2)
-        _check_count("seed", self.seed, minimum=0)
+            self.max_steps = _check_count("max_steps", self.max_steps)
+        self.samples_per_step = _check_count("samples_per_step", self.samples_per_step)
+        self.tokens_per_batch = _check_count("tokens_per_batch", self.tokens_per_batch)
+        self.max_length = _check_count("max_length", self.max_length, minimum=2)
+        self.seed = _check_count("seed", self.seed, minimum=0)
         _check_rate("max_grad_norm", self.max_grad_norm)
         for name in ("learning_rate", "weight_decay"):
             _check_rate(name, getattr(self, name), high=1e6)
@@ -151,7 +159,7 @@ class GateTrainingConfig(TrainingConfig):
         if self.balance not in BALANCES:
             raise ValueError(f"unknown balance {self.balance!r}; choose one of {', '.join(BALANCES)}.")
         if self.mixed_per_step is not None:
-            _check_count("mixed_per_step", self.mixed_per_step)
+            self.mixed_per_step = _check_count("mixed_per_step", self.mixed_per_step)
         _check_rate("beta", self.beta, high=1e6)
 
 
@@ -175,8 +183,8 @@ class AdapterTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("rank", self.rank)
-        _check_count("evaluate_every", self.evaluate_every)
+        self.rank = _check_count("rank", self.rank)
+        self.evaluate_every = _check_count("evaluate_every", self.evaluate_every)
         _check_rate("alpha", self.alpha, low=1e-6, high=1e6)
         if not self.target_modules or isinstance(self.target_modules, str):
             raise ValueError("target_modules must list at least one linear layer, such as ('q_proj', 'v_proj').")

@@ -28,6 +28,7 @@ from meteora.checkpoint import (
 )
 from meteora.config import MeteoraConfig, check_temperature, check_top_k
 from meteora.files import atomic_directory
+from meteora.hub import HUB_ERRORS, absence, is_absence
 from meteora.layer import ForcedAdapters, MeteoraLinear, MixtureState
 from meteora.siblings import link_siblings
 from meteora.trace import Trace
@@ -96,7 +97,8 @@ class MeteoraModel(nn.Module):
                 of the adapters themselves (:mod:`meteora.arrow`). ``train_gates`` starts such gates anew.
 
         Raises:
-            AdapterError: for an adapter that is missing, unsupported, or does not fit the base model.
+            AdapterError: for an adapter that is missing, unsupported, or does not fit the base model, or a base model
+                that is neither a directory nor to be had from the hub.
             ValueError: for top_k > N, or other gates.
         """
         if gates not in (None, "arrow"):
@@ -119,7 +121,8 @@ class MeteoraModel(nn.Module):
             checkpoint: the directory, or the hub id of one that :meth:`push_to_hub` uploaded.
 
         Raises:
-            AdapterError: if the checkpoint is missing or incomplete, or its adapters are not those it was saved with.
+            AdapterError: if the checkpoint is missing or incomplete, its adapters are not those it was saved with, or
+                the base model cannot be had.
         """
         directory = find_checkpoint(checkpoint)
         saved = read_settings(directory)
@@ -145,7 +148,8 @@ class MeteoraModel(nn.Module):
             file: their state dict, safetensors or ``torch.save``; it is never unpickled beyond tensors.
 
         Raises:
-            AdapterError: if the file cannot be read, or is of other adapters, or of these in another order.
+            AdapterError: if the file cannot be read, or is of other adapters, or of these in another order, or the base
+                model cannot be had.
         """
         loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
         changed, gates = read_authors_checkpoint(file, loaded)
@@ -380,7 +384,12 @@ class MeteoraModel(nn.Module):
 def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
     if isinstance(base_model, nn.Module):
         return base_model
-    return AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto")
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto")
+    except HUB_ERRORS as error:  # transformers turns the hub's into an OSError of its own
+        if Path(base_model).is_dir() or not is_absence(error):
+            raise
+        raise AdapterError(f"base model: {absence(base_model, error)}") from error
 
 
 def _without_weights(adapter: Adapter) -> Adapter:

@@ -113,6 +113,25 @@ def test_a_configuration_of_another_rank_is_refused(broken):
     refused(broken({"r": 8}), "has rank 4, but adapter_config.json says 8")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": None}, "has lora_alpha=None, which must be a finite number"),
+        ({"lora_alpha": "16"}, "has lora_alpha='16', which must be a finite number"),
+        ({"lora_alpha": True}, "has lora_alpha=True, which must be a finite number"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha=nan, which must be a finite number"),
+        ({"r": None}, "has r=None, which must be a positive number"),
+        ({"r": "4"}, "has r='4', which must be a positive number"),
+        ({"r": 0}, "has r=0, which must be a positive number"),
+        ({"rank_pattern": {"q_proj": None}}, r"has rank_pattern\['q_proj'\]=None, which must be a positive number"),
+        ({"alpha_pattern": {"q_proj": "8"}}, r"has alpha_pattern\['q_proj'\]='8', which must be a finite number"),
+        ({"alpha_pattern": ["q_proj"]}, r"has alpha_pattern=\['q_proj'\], which must be an object"),
+    ],
+)
+def test_what_is_no_rank_or_alpha_is_named(broken, config, message):
+    refused(broken(config), f"copy/adapter_config.json {message}; save the adapter again")
+
+
 @pytest.mark.parametrize("key", ["lora_embedding_A", "lora_magnitude_vector", "base_layer.weight", "lora_B.bias"])
 def test_other_tensors_are_refused(broken, key):
     def change(tensors):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from meteora import AdapterError, MeteoraConfig, MeteoraModel
 from meteora.adapters import load_adapter
@@ -133,6 +133,30 @@ def test_a_permutation_is_refused_by_name(refused, adapters, order):
     right = ", ".join(map(repr, NAMES))
     message = rf"place 0 is 'gsm8k', but '{given[0]}' was given there; the checkpoint's order is {right}"
     refused(keep, message, {name: adapters[name] for name in given})
+
+
+@pytest.mark.parametrize("module", [Q, "model.layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1)])
+def test_a_permutation_in_one_module_is_refused_by_name(refused, module, order):
+    def permute(state):
+        key = f"base_model.model.{module}"
+        A, B = state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"]
+        state[f"{key}.lora_A.weight"] = torch.cat([A.chunk(3)[n] for n in order])
+        state[f"{key}.lora_B.weight"] = torch.cat([B.chunk(3, dim=1)[n] for n in order], dim=1)
+
+    found = NAMES[order[0]]
+    refused(permute, f"in module '{module}' the adapter in place 0 is '{found}', which elsewhere is 'gsm8k'; .*again")
+
+
+def test_a_module_that_an_adapter_left_at_zero_has_no_order(core, tiny_llama, adapters, tmp_path):
+    file = tmp_path / "adapters" / "gsm8k" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[f"base_model.model.{Q}.lora_B.weight"].zero_()
+    save_file(weights, file)
+    state = state_dict_of(tiny_llama, adapters, moved=0.3)
+    state[f"base_model.model.{Q}.lora_B.weight"][:, :4] = 0.01 * torch.randn(32, 4)
+    save_file(state, tmp_path / "m.safetensors")
+    MeteoraModel.from_authors_checkpoint(tiny_llama, adapters, tmp_path / "m.safetensors")
 
 
 def test_other_adapters_are_refused(core, refused, tiny_llama, adapters, tmp_path):

@@ -36,6 +36,17 @@ def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(co
         ([], "the dataset is empty"),
         ([{"task": "one", "prompt": "a"}], "row 0 of the dataset has no 'response'"),
         ([{"segments": [{"task": "one"}]}], "row 0 of the dataset has no 'text'; each needs text, task"),
+        ([{"task": "one", "prompt": "a", "response": None}], "row 0 of the dataset has response=None, which must be a"),
+        ([{"task": "one", "prompt": 7, "response": "a"}], "row 0 of the dataset has prompt=7, which must be a string"),
+        (
+            [
+                {"task": "one", "prompt": "a", "response": ""},
+                {"turns": [{"task": "one", "prompt": "a", "response": 0.5}]},
+            ],
+            "row 1 of the dataset has response=0.5, which must be a string",
+        ),
+        ([{"segments": [{"task": "one", "text": b"a"}]}], "row 0 of the dataset has text=b'a', which must be a string"),
+        ([{"task": ["one"], "prompt": "a", "response": "b"}], "row 0 .* has task=.'one'., which must be a string"),
         ([{"task": "one", "prompt": "a", "response": ""}, {"task": "3", "prompt": "", "response": ""}], "row 1 .*'3'"),
     ],
 )

@@ -139,6 +139,30 @@ def test_broken_checkpoints_are_named(model, base, tmp_path):
     refused("has no gates.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("adapters"), "has no usable 'adapters'"),
+        (lambda saved: saved.pop("config"), "has no usable 'config'"),
+        (lambda saved: saved.pop("warning"), "has no usable 'warning'"),
+        (lambda saved: saved.update(adapters=None), "has no usable 'adapters'"),
+        (lambda saved: saved["adapters"].append("one"), "has no usable 'name' of adapter 4"),
+        (lambda saved: saved["adapters"][1].pop("name"), "has no usable 'name' of adapter 1"),
+        (lambda saved: saved["adapters"][1].pop("sha256"), "has no usable 'sha256' of adapter 1"),
+        (lambda saved: saved["adapters"][1].pop("directory"), "has no usable 'directory' or 'source' of adapter 1"),
+    ],
+)
+def test_a_missing_setting_is_named(model, base, tmp_path, change, message):
+    model.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "meteora_config.json"
+    saved = json.loads(file.read_text())
+    change(saved)
+    file.write_text(json.dumps(saved))
+    with pytest.raises(AdapterError, match=f"meteora_config.json {message}; copy the checkpoint again") as error:
+        MeteoraModel.from_pretrained(base, tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
 def test_the_card_says_what_is_inside(model, base, tmp_path):
     model.state.warning = None
     model.base_model.config._name_or_path = "me/tiny: a 'test'"

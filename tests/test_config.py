@@ -1,7 +1,10 @@
 """Settings are checked where they are made."""
 
+import json
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from meteora import AdapterTrainingConfig, GateTrainingConfig, MeteoraConfig
@@ -19,6 +22,9 @@ def test_defaults_are_the_documented_ones():
         (MeteoraConfig, {"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
         (MeteoraConfig, {"top_k": 1.5}, "top_k must be a whole number"),
         (MeteoraConfig, {"top_k": True}, "top_k must be a whole number"),
+        (MeteoraConfig, {"top_k": np.bool_(True)}, "top_k must be a whole number"),
+        (MeteoraConfig, {"top_k": np.float32(2)}, "top_k must be a whole number"),
+        (MeteoraConfig, {"temperature": True}, "temperature must be a number"),
         (MeteoraConfig, {"temperature": 0}, "temperature must be positive"),
         (MeteoraConfig, {"temperature": math.nan}, "temperature must be positive and finite"),
         (MeteoraConfig, {"temperature": "hot"}, "temperature must be a number"),
@@ -46,6 +52,20 @@ def test_defaults_are_the_documented_ones():
 def test_a_wrong_value_is_named(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (MeteoraConfig, ("top_k", "temperature")),
+        (GateTrainingConfig, ("max_steps", "samples_per_step", "tokens_per_batch", "max_length", "mixed_per_step")),
+        (AdapterTrainingConfig, ("seed", "rank", "evaluate_every")),
+    ],
+)
+def test_numbers_of_numpy_are_kept_as_pythons(kind, settings):
+    plain, given = (kind(**{name: number(2) for name in settings}) for number in (int, np.int64))
+    assert plain == given and json.dumps(asdict(plain)) == json.dumps(asdict(given))
+    assert MeteoraConfig(temperature=np.float32(1.5)).temperature == 1.5
 
 
 def test_no_clipping_is_a_setting():

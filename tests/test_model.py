@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,9 +56,12 @@ def test_defaults(base, mixed_adapters):
 def test_top_k_over_n_and_unknown_settings_are_errors(model, base, mixed_adapters):
     with pytest.raises(ValueError, match=r"top_k=5 is more than the 4 adapters there are; choose 1\.\.4"):
         MeteoraModel.from_adapters(base, mixed_adapters, MeteoraConfig(top_k=5))
-    for call in (lambda: model.set_top_k(5), lambda: model.set_top_k(0), lambda: model.set_temperature(-1)):
-        with pytest.raises(ValueError, match="top_k|temperature"):
-            call()
+    for top_k in (5, 0, np.int64(5), True, np.bool_(True), 2.0, np.float64(2)):
+        with pytest.raises(ValueError, match="top_k"):
+            model.set_top_k(top_k)
+    for temperature in (-1, np.float32(0), True, np.bool_(True)):
+        with pytest.raises(ValueError, match="temperature"):
+            model.set_temperature(temperature)
     with pytest.raises(ValueError, match="unknown backend"):
         model.set_backend("quick")
     assert (model.top_k, model.state.temperature, model.state.backend) == (2, 1.0, "auto")
@@ -69,6 +73,15 @@ def test_top_k_over_n_and_unknown_settings_are_errors(model, base, mixed_adapter
         model.merge_and_unload()
     with pytest.raises(AdapterError, match="carries adapters already"):
         MeteoraModel.from_adapters(model.base_model, mixed_adapters)
+
+
+@pytest.mark.parametrize(("integer", "real"), [(np.int64, np.float32), (np.uint8, np.float16), (np.int32, np.int64)])
+def test_numbers_of_numpy_are_settings(model, tmp_path, integer, real):
+    model.set_top_k(integer(3))
+    model.set_temperature(real(2))
+    assert (type(model.top_k), type(model.state.temperature)) == (int, float)
+    model.save_pretrained(tmp_path / "m")
+    assert (model.top_k, model.state.temperature) == (3, 2.0)
 
 
 def test_backends_and_settings_reach_every_layer(core, model):

@@ -5,9 +5,9 @@ All have one signature::
     mix(y (T, out), x (T, in), A (R, in), B (out, R), column_adapter (R,), routing) -> y
 
 They add into ``y`` in place and return it; where a gradient is needed, ``triton`` returns a new tensor instead. ``A``
-holds the rows of all adapters, ``B`` their columns with the scaling folded in, R being the sum of the ranks, and ``column_adapter`` (int64) says which adapter owns which of the R. An
-adapter without columns may be chosen: it adds zero. ``routing.indices`` (T, k), ``routing.weights`` (T, k). y, x, A and
-B are of one dtype and on one device.
+holds the rows of all adapters, ``B`` their columns with the scaling folded in, R being the sum of the ranks, and
+``column_adapter`` (int64) says which adapter owns which of the R. An adapter without columns may be chosen: it adds
+zero. ``routing.indices`` (T, k), ``routing.weights`` (T, k). y, x, A and B are of one dtype and on one device.
 
 A backend that computes the gate as well also has ``gated_mix``; see :func:`get_gated_mix`.
 """
