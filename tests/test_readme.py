@@ -189,7 +189,14 @@ def test_example_runs(tmp_path, monkeypatch) -> None:
         assert hasattr(again, call), call
 
 
-def test_commands_are_those_of_the_script() -> None:
+def test_commands_are_those_of_the_script_and_the_examples() -> None:
     script = (REPOSITORY / "run_all.sh").read_text(encoding="utf-8")
-    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", TEXT)):
+    examples = (REPOSITORY / "examples" / "README.md").read_text(encoding="utf-8")
+    launched = re.findall(r"^\S*(?:SAFEPATH=1 )?\S+accelerate launch .*\\\n.*\n", TEXT, re.M)
+    assert len(launched) == 3
+    rest = TEXT
+    for command in launched:
+        assert command in examples, command
+        rest = rest.replace(command, "")
+    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", rest)):
         assert option in script, option

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from data_prep.composite import CompositeItem, parse_answers
+from data_prep.composite import CompositeItem, build_composites, parse_answers
 from meteora.batches import token_ids
+from meteora.study.artifacts import Workspace
 from meteora.study.baselines import Method, with_temperature
 from meteora.study.evaluation import iterate_answers, smaller
 from meteora.study.guided import GuidedNumbering
@@ -32,6 +33,44 @@ PROTOCOLS = ("numbered", "guided", "sequential")
 Answers = list[list[str | None]]  # one list per item, one answer (None: not attempted) per sub-task
 # method -> temperature -> answers; methods without gates have the same answers at every temperature
 CompositePredictions = dict[str, dict[float, Answers]]
+
+
+class CompositeRun(NamedTuple):
+    """Items that all methods answer in one protocol.
+
+    Attributes:
+        size: sub-tasks of an item.
+        shots: solved examples in the prompts.
+        temperatures: of the gates: the profile's for that size, and the 1 that they were trained with.
+        predictions_dir: of `predict_composite`.
+    """
+
+    size: int
+    protocol: str
+    shots: int
+    items: list[CompositeItem]
+    temperatures: list[float]
+    predictions_dir: Path
+
+
+def composite_runs(workspace: Workspace) -> list[CompositeRun]:
+    """Every size in every protocol of the profile, those of `zero_shot` without solved examples as well.
+
+    A protocol with fewer items has the first of another's.
+    """
+    profile, found = workspace.profile, []
+    settings, predictions = profile.composite, workspace.predictions
+    most = max(map(settings.count, settings.protocols))
+    kinds = [(protocol, settings.shots) for protocol in settings.protocols]
+    kinds += [(protocol, 0) for protocol in settings.zero_shot]
+    for size, tasks in settings.sizes.items():
+        temperatures = list(dict.fromkeys([settings.temperature.get(size, 1.0), 1.0]))
+        for protocol, shots in dict.fromkeys(kinds):
+            items = build_composites(workspace.data, tasks, most, shots=shots, seed=profile.seed)
+            folder = predictions if shots == settings.shots else predictions / f"{shots}-shot"
+            run = CompositeRun(size, protocol, shots, items[: settings.count(protocol)], temperatures, folder)
+            found.append(run)
+    return found
 
 
 def can_run(method: Method, protocol: str) -> bool:

@@ -148,7 +148,7 @@ def predict_independent(
                 for task, rows in examples.items()
             }
             bar.update(sum(len(file.ids) - len(file.missing()) for file in files.values()))
-            for group in _groups(method, examples, max_new_tokens, batch_size):
+            for group in answered_together(method, examples, max_new_tokens, batch_size):
                 bar.set_description(f"{name}: {group[0]}" + (f" and {len(group) - 1} more" if len(group) > 1 else ""))
                 places = [(task, i) for task in group for i in files[task].missing()]
                 if not places:
@@ -180,7 +180,7 @@ def _prediction_file(
     return PredictionFile(predictions_dir / file_name("independent", method.name, task), header, ids)
 
 
-def _groups(
+def answered_together(
     method: Method, examples: Mapping[str, Sequence[Example]], limits: Mapping[str, int], batch_size: int
 ) -> list[list[str]]:
     """The tasks that are answered together: each alone, unless batches have room for more than one task's examples.
