@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,9 @@ def _check_settings(saved: dict, file: Path) -> None:
     for key, kind in (("config", dict), ("adapters", list), ("warning", str | None)):
         if not isinstance(saved.get(key, ...), kind):
             raise AdapterError(f"{file} has no usable {key!r}; {mend}")
+    unknown = sorted(set(saved["config"]) - {field.name for field in fields(MeteoraConfig)})
+    if unknown:
+        raise AdapterError(f"{file} has a setting that is unknown here, config[{unknown[0]!r}]; {mend}")
     for n, entry in enumerate(saved["adapters"]):
         for keys in (("name",), ("sha256",), ("directory", "source")):
             if not isinstance(entry, dict) or not any(isinstance(entry.get(key), str) for key in keys):

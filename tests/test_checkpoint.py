@@ -145,6 +145,7 @@ def test_broken_checkpoints_are_named(model, base, tmp_path):
         (lambda saved: saved.pop("adapters"), "has no usable 'adapters'"),
         (lambda saved: saved.pop("config"), "has no usable 'config'"),
         (lambda saved: saved.pop("warning"), "has no usable 'warning'"),
+        (lambda saved: saved["config"].update(top_p=0.9), r"has a setting that is unknown here, config\['top_p'\]"),
         (lambda saved: saved.update(adapters=None), "has no usable 'adapters'"),
         (lambda saved: saved["adapters"].append("one"), "has no usable 'name' of adapter 4"),
         (lambda saved: saved["adapters"][1].pop("name"), "has no usable 'name' of adapter 1"),
