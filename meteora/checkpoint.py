@@ -73,7 +73,7 @@ def _check_settings(saved: dict, file: Path) -> None:
             raise AdapterError(f"{file} has no usable {key!r}; {mend}")
     unknown = sorted(set(saved["config"]) - {field.name for field in fields(MeteoraConfig)})
     if unknown:
-        raise AdapterError(f"{file} has a setting that is unknown here, config[{unknown[0]!r}]; {mend}")
+        raise AdapterError(f"{file} has a setting that is unknown here, config[{unknown[0]!r}]; update meteora.")
     for n, entry in enumerate(saved["adapters"]):
         for keys in (("name",), ("sha256",), ("directory", "source")):
             if not isinstance(entry, dict) or not any(isinstance(entry.get(key), str) for key in keys):

@@ -47,9 +47,11 @@ def _check_count(name: str, value: int, minimum: int = 1) -> int:
     return count
 
 
-def _check_rate(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+def _check_rate(name: str, value: float, *, low: float = 0.0, high: float = math.inf) -> float:
+    """Return ``value`` as a number of Python's; an int stays one, as it is part of what a kept training is known by."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise ValueError(f"{name} must be a number of {low} to {high}, not {value!r}.")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 @dataclass
@@ -105,17 +107,17 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_rate("epochs", self.epochs, high=1e6)
+        self.epochs = _check_rate("epochs", self.epochs, high=1e6)
         if self.max_steps is not None:
             self.max_steps = _check_count("max_steps", self.max_steps)
         self.samples_per_step = _check_count("samples_per_step", self.samples_per_step)
         self.tokens_per_batch = _check_count("tokens_per_batch", self.tokens_per_batch)
         self.max_length = _check_count("max_length", self.max_length, minimum=2)
         self.seed = _check_count("seed", self.seed, minimum=0)
-        _check_rate("max_grad_norm", self.max_grad_norm)
+        self.max_grad_norm = _check_rate("max_grad_norm", self.max_grad_norm)
         for name in ("learning_rate", "weight_decay"):
-            _check_rate(name, getattr(self, name), high=1e6)
-        _check_rate("warmup", self.warmup, high=1.0)
+            setattr(self, name, _check_rate(name, getattr(self, name), high=1e6))
+        self.warmup = _check_rate("warmup", self.warmup, high=1.0)
 
     def steps(self, most: int) -> int:
         """Optimiser steps, where the task with the most samples has ``most``."""
@@ -160,7 +162,7 @@ class GateTrainingConfig(TrainingConfig):
             raise ValueError(f"unknown balance {self.balance!r}; choose one of {', '.join(BALANCES)}.")
         if self.mixed_per_step is not None:
             self.mixed_per_step = _check_count("mixed_per_step", self.mixed_per_step)
-        _check_rate("beta", self.beta, high=1e6)
+        self.beta = _check_rate("beta", self.beta, high=1e6)
 
 
 @dataclass
@@ -185,7 +187,7 @@ class AdapterTrainingConfig(TrainingConfig):
         super().__post_init__()
         self.rank = _check_count("rank", self.rank)
         self.evaluate_every = _check_count("evaluate_every", self.evaluate_every)
-        _check_rate("alpha", self.alpha, low=1e-6, high=1e6)
+        self.alpha = _check_rate("alpha", self.alpha, low=1e-6, high=1e6)
         if not self.target_modules or isinstance(self.target_modules, str):
             raise ValueError("target_modules must list at least one linear layer, such as ('q_proj', 'v_proj').")
         self.target_modules = tuple(self.target_modules)

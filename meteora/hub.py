@@ -27,7 +27,7 @@ def refusal(repository: str, error: BaseException | None) -> str | None:
 
     It is half a sentence, which begins with "the hub" and ends with a full stop.
     """
-    answers = (cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError))
+    answers = (cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError) and _is_about(repository, cause))
     return next((advice for answer in answers if (advice := _advice(repository, answer)) is not None), None)
 
 
@@ -36,9 +36,13 @@ def absence(source: str | Path, error: BaseException) -> str:
     causes = list(_causes(error))
     if any(isinstance(cause, HFValidationError) for cause in causes):
         return f"there is no directory {source}, and it is no hub id either."
+    advice = refusal(str(source), error)
+    if advice is None and isinstance(error, OSError) and error.strerror and not isinstance(error, HfHubHTTPError):
+        return f"there is no directory {source}, and the download could not be kept: {error.strerror}."
     telling = next((cause for cause in causes if isinstance(cause, HUB_ERRORS[0])), causes[-1])
-    silence = f"the hub did not give it ({type(telling).__name__}); check the path, the id or the network."
-    return f"there is no directory {source}, and {refusal(str(source), error) or silence}"
+    status = f" {telling.response.status_code}" if isinstance(telling, HfHubHTTPError) else ""
+    silence = f"the hub did not give it ({type(telling).__name__}{status}); check the path, the id or the network."
+    return f"there is no directory {source}, and {advice or silence}"
 
 
 def is_absence(error: BaseException) -> bool:
@@ -52,7 +56,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and error not in seen:
         yield error
         seen.append(error)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_about(repository: str, answer: HfHubHTTPError) -> bool:
+    """Not so of an answer that somebody was handling already when this repository was asked for."""
+    return any(repository in str(asked.request.url) for asked in (answer.response, *answer.response.history))
 
 
 def _advice(repository: str, answer: HfHubHTTPError) -> str | None:

@@ -384,10 +384,11 @@ class MeteoraModel(nn.Module):
 def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
     if isinstance(base_model, nn.Module):
         return base_model
+    directory = Path(base_model).expanduser()
     try:
-        return AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(str(directory if directory.is_dir() else base_model), dtype="auto")
     except HUB_ERRORS as error:  # transformers turns the hub's into an OSError of its own
-        if Path(base_model).is_dir() or not is_absence(error):
+        if directory.is_dir() or not is_absence(error):
             raise
         raise AdapterError(f"base model: {absence(base_model, error)}") from error
 

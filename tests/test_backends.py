@@ -158,6 +158,31 @@ def test_bmm_fits_into_a_cuda_graph():
     torch.testing.assert_close(there[0].cpu(), reference(y, x, A, B, owner, here), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["bmm", "dense"])
+def test_a_compiled_mixture_is_one_graph(backend):
+    torch.compiler.reset()
+    _, _, A, B, owner, _ = problem([2, 0, 3], 1, 1, shuffle=True)
+
+    def mixed(y, x, indices, weights):
+        return MIXERS[backend](y * 1, x, A, B, owner, Routing(indices, weights))
+
+    compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
+    for tokens in (3, 5):
+        y, x, *_, routing = problem([2, 0, 3], tokens, 2, seed=tokens)
+        trained = [x.requires_grad_(), routing.weights.double().requires_grad_()]
+        results = [f(y, x, routing.indices, trained[1]) for f in (mixed, compiled)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(result.sum(), trained) for result in results))
+
+
+def test_an_adapter_of_low_rank_does_not_feel_an_overflow_of_the_first():
+    for backend in NAMES[:1] + NAMES[2:]:
+        y, x, A, B, owner, _ = problem([3, 1], 2, 1)
+        B[:, 0] = torch.inf
+        second = Routing(torch.ones(2, 1, dtype=torch.int64), torch.ones(2, 1))
+        assert MIXERS[backend](y, x, A, B, owner, second).isfinite().all(), backend
+
+
 def test_own_adapters_are_a_routing_of_whole_samples():
     samples, tokens, adapters, rank = 4, 3, 3, 2
     y, x, A, B, owner, _ = problem([rank] * adapters, samples * tokens, 1)

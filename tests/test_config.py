@@ -70,3 +70,11 @@ def test_numbers_of_numpy_are_kept_as_pythons(kind, settings):
 
 def test_no_clipping_is_a_setting():
     assert GateTrainingConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
+
+
+def test_rates_of_numpy_are_taken_and_an_int_stays_one():
+    config = GateTrainingConfig(learning_rate=np.float32(0.5), epochs=np.int64(2), beta=1)
+    assert (config.learning_rate, config.epochs) == (0.5, 2.0) and type(config.beta) is int
+    assert json.loads(json.dumps(asdict(config))) == asdict(config)
+    with pytest.raises(ValueError, match="learning_rate must be a number"):
+        GateTrainingConfig(learning_rate=np.bool_(True))

@@ -35,7 +35,7 @@ ANSWERS = {
     ),
     "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}, "hf_x", "has disabled me/x: choose"),
     "no revision": (404, {"X-Error-Code": "RevisionNotFound"}, None, "the hub has me/x, but not the revision .* page"),
-    "down": (500, {}, None, r"the hub did not give it \(HfHubHTTPError\); check the path, the id or the network"),
+    "down": (500, {}, None, r"the hub did not give it \(HfHubHTTPError 500\); check the path, the id or the network"),
 }  # fmt: skip
 
 
@@ -99,3 +99,33 @@ def test_a_base_model_that_is_nowhere_and_one_that_is_broken(mixed_adapters, tmp
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(OSError, match="no file named model.safetensors"):  # as transformers says it
         MeteoraModel.from_adapters(tmp_path, {"one": mixed_adapters["one"]})
+
+
+def test_what_the_hub_said_of_another_repository_is_not_told(answering, tmp_path):
+    def handler(request):
+        if "me/gated" in str(request.url):
+            return http.Response(401, headers={"X-Error-Code": "GatedRepo"}, request=request)
+        raise http.ConnectError("no route", request=request)
+
+    answering(handler)
+    try:
+        load_adapter("first", "me/gated")
+    except AdapterError as error:
+        assert "is gated" in str(error)
+        with pytest.raises(AdapterError, match=r"'second': .* did not give it \((ConnectError|LocalEntry\w+)\); check"):
+            load_adapter("second", "me/other")
+
+
+def test_a_full_disk_is_not_the_hubs_fault(monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("meteora.adapters.snapshot_download", full)
+    refused(WAYS["an adapter"], tmp_path, "no directory me/x, and the download could not be kept: No space left on device")
+
+
+def test_a_base_model_may_lie_in_the_home_directory(monkeypatch, mixed_adapters, tmp_path):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises((OSError, ValueError), match=str(tmp_path / "model")):  # found, and told by transformers
+        MeteoraModel.from_adapters("~/model", {"one": mixed_adapters["one"]})

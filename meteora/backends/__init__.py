@@ -34,10 +34,9 @@ def resolve(backend: str, device_type: str) -> str:
     """The backend that is used on ``cpu`` or ``cuda`` for a name that may be ``auto``.
 
     ``auto`` is ``triton`` on a GPU and ``dense`` elsewhere, whatever the sizes, so that a compiled model needs no other
-    rule. On an H100 ``triton`` was the fastest in all but 9 of 532 settings, by 3 to 9% behind ``bmm`` in those: a single
-    token and adapters of rank 64 (results/smollm2/metrics/benchmark.csv). On a CPU ``bmm`` is up to twice as fast as
-    ``dense`` for up to some 64 tokens and 32 adapters or more for each choice, or 12 where gradients are needed; name it
-    there. Where Triton is missing on a GPU ``auto`` falls back to ``dense``, and says so once.
+    rule. On an H100 ``triton`` was behind ``bmm`` in 10 of 532 settings, by 1 to 9%: a single token and adapters of rank
+    64 (results/smollm2/metrics/benchmark.csv). On a CPU ``bmm`` may be the faster one for few tokens of many adapters;
+    name it there. Where Triton is missing on a GPU ``auto`` falls back to ``dense``, and says so once.
 
     Raises:
         ValueError: for a name that is none.

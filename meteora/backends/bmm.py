@@ -1,7 +1,7 @@
 """Batched matrix products over weights gathered for every token: the paper's ``bmm-torch``.
 
-Fast for few tokens, and hungry: it holds T * k * r * in gathered numbers, then T * k * r * out. Mixed ranks are filled
-up to the largest.
+Fast for few tokens, and hungry: it holds T * k * r * in gathered numbers, then T * k * r * out, or both where gradients
+are needed, and for many tokens a copy of B. Mixed ranks are filled up to the largest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from meteora.gating import Routing
 class Slots:
     """Adapter n's columns are ``columns[n]`` where ``filled[n]`` says so, both (N + 1, r), r being the largest rank.
 
-    The last row, without columns, serves all adapters beyond those that have some.
+    The last row, without columns, serves all adapters beyond those that have some. What is not filled repeats a column
+    of the adapter's own, if it has one: weighed with zero, another adapter's could still bring what is not finite.
     """
 
     columns: Tensor
@@ -30,9 +31,13 @@ class Slots:
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@torch.compiler.disable
 def slots(column_adapter: Tensor) -> Slots:
-    """The slots of column_adapter (R,), kept as long as the tensor lives and is not written to."""
+    """The slots of column_adapter (R,), R > 0, kept as long as the tensor lives and is not written to.
+
+    An inference tensor does not tell whether it was.
+    """
+    if torch.compiler.is_compiling():
+        return _find(column_adapter)  # part of the graph; what is kept cannot be
     version = 0 if column_adapter.is_inference() else column_adapter._version
     kept = _kept.get(column_adapter)
     if kept is None or kept[0] != version:
@@ -41,15 +46,13 @@ def slots(column_adapter: Tensor) -> Slots:
 
 
 def _find(column_adapter: Tensor) -> Slots:
-    owner = column_adapter.cpu()
-    ranks = torch.bincount(owner)
-    order = owner.argsort(stable=True)
-    slot = torch.arange(len(order)) - (ranks.cumsum(0) - ranks).repeat_interleave(ranks)
-    columns = torch.zeros(len(ranks) + 1, int(ranks.max()), dtype=torch.int64)
-    filled = torch.zeros_like(columns, dtype=torch.bool)
-    columns[owner[order], slot] = order
-    filled[owner[order], slot] = True
-    return Slots(columns.to(column_adapter.device), filled.to(column_adapter.device))
+    adapters = 1 + int(column_adapter.max())
+    ranks = torch.bincount(column_adapter, minlength=adapters + 1)
+    first = torch.cumsum(ranks, 0) - ranks
+    order = torch.argsort(column_adapter, stable=True)
+    slot = torch.arange(int(ranks.max()), device=order.device).expand(adapters + 1, -1)
+    filled = slot < ranks.unsqueeze(1)
+    return Slots(order[(first.unsqueeze(1) + slot * filled).clamp(max=len(order) - 1)], filled)
 
 
 def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, routing: Routing) -> Tensor:
@@ -62,7 +65,8 @@ def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, rout
     columns = found.columns[chosen].flatten()  # (T * k * r,)
     s = torch.bmm(A.index_select(0, columns).view(tokens, -1, A.shape[1]), x.unsqueeze(-1)).view(tokens, k, -1)
     s = torch.where(found.filled[chosen], s, 0) * routing.weights.unsqueeze(-1).to(s.dtype)  # (T, k, r)
-    # To gather from a column-major B reads its numbers one by one: where it is for many, a copy is soon paid for.
-    rows = B.t().contiguous() if len(columns) > len(B.t()) else B.t()
+    # To gather columns reads numbers one by one: where it is for many, a copy is soon paid for. A compiler does not know.
+    many = torch.compiler.is_compiling() or len(columns) > B.shape[1]
+    rows = B.t().contiguous() if many else B.t()
     gathered = rows.index_select(0, columns).view(tokens, -1, B.shape[0])  # (T, k * r, out)
     return y.unsqueeze(1).baddbmm_(s.view(tokens, 1, -1), gathered).squeeze(1)

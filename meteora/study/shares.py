@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     try:
         answer_share(Workspace(load_profile(options.profile)), take_place())
-    except (ProfileError, ArtifactError, DataError) as error:
+    except (ProfileError, ArtifactError, DataError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     return 0
