@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from meteora.kernels.kept import Kept
 
 ALIGNED = 8  # a 16-byte load holds so many 16-bit numbers
 
@@ -33,25 +34,12 @@ class Segments:
         return len(self.starts) - 1
 
 
-# column_adapter -> (its version, its segments)
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def segments(column_adapter: Tensor) -> Segments | None:
     """The segments of column_adapter (R,), R > 0; ``None`` where the columns are not in their adapters' order.
 
-    Finding them waits for the GPU, so they are kept as long as the tensor lives and is not written to; a CUDA graph
-    that is being captured cannot wait, so there an unknown tensor has none.
+    They are found once for each tensor, see :class:`meteora.kernels.kept.Kept`; ``None`` also where they cannot be.
     """
-    version = 0 if column_adapter.is_inference() else column_adapter._version
-    kept = _kept.get(column_adapter)
-    if kept is not None and kept[0] == version:
-        return kept[1]
-    if column_adapter.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    found = _find(column_adapter)
-    _kept[column_adapter] = version, found
-    return found
+    return _kept(column_adapter)
 
 
 def _find(column_adapter: Tensor) -> Segments | None:
@@ -66,3 +54,6 @@ def _find(column_adapter: Tensor) -> Segments | None:
         widest=int(ranks.max()),
         aligned=not bool((starts % ALIGNED).any()),
     )
+
+
+_kept = Kept(_find)

@@ -140,6 +140,28 @@ def watch_recordings(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def collected():
+    """A function that leaves in a workspace what notebooks 01 and 02 do, with gates that were never trained."""
+    from data_prep.base_models import load_base_model
+    from data_prep.prepare import load_split, prepare_tasks
+    from meteora import MeteoraModel
+    from meteora.study.collection import collect_adapters, write_index
+
+    def leave(workspace, train):
+        profile = workspace.profile
+        prepare_tasks(profile.tasks, workspace.data, sizes={"train": train, "valid": 4, "test": 6})
+        base, tokenizer = load_base_model(profile.model.source)
+        splits = [{task: load_split(workspace.data, task, part) for task in profile.tasks} for part in ("train", "valid")]
+        collection = collect_adapters(workspace, base, tokenizer, *splits)
+        write_index(workspace, collection)
+        MeteoraModel.from_adapters(base, collection.tasks).save_pretrained(workspace.gates)
+        workspace.write_csv("gate_training.csv", [{"step": 1}])
+        return workspace
+
+    return leave
+
+
+@pytest.fixture(scope="session")
 def core():
     """Helpers of the core's tests, as a fixture because test modules cannot import one another."""
 

@@ -130,8 +130,8 @@ def test_an_adapter_that_overflows_is_felt_by_those_alone_who_chose_it(backend):
 
 def test_bmm_asks_for_the_columns_once_for_a_layer_and_again_when_they_change(monkeypatch):
     asked = []
-    find = bmm._find
-    monkeypatch.setattr(bmm, "_find", lambda owner: asked.append(len(owner)) or find(owner))
+    find = bmm._kept.find
+    monkeypatch.setattr(bmm._kept, "find", lambda owner: asked.append(len(owner)) or find(owner))
     y, x, A, B, owner, routing = problem([2, 3], 4, 1)
     for _ in range(2):
         torch.testing.assert_close(bmm.mix(y.clone(), x, A, B, owner, routing), reference(y, x, A, B, owner, routing))
@@ -139,9 +139,15 @@ def test_bmm_asks_for_the_columns_once_for_a_layer_and_again_when_they_change(mo
     owner.copy_(owner.flip(0))
     torch.testing.assert_close(bmm.mix(y.clone(), x, A, B, owner, routing), reference(y, x, A, B, owner, routing))
     assert asked == [5, 5]
-    kept = len(bmm._kept)
+    kept = len(bmm._kept.found)
     del owner
-    assert len(bmm._kept) == kept - 1
+    assert len(bmm._kept.found) == kept - 1
+
+
+def test_bmm_says_that_it_cannot_begin_in_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(bmm, "_kept", lambda owner: None)
+    with pytest.raises(RuntimeError, match="call the layer once before it is captured"):
+        MIXERS["bmm"](*problem([2, 3], 4, 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

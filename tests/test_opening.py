@@ -5,28 +5,17 @@ import json
 
 import pytest
 
-from data_prep.base_models import load_base_model
-from data_prep.prepare import load_split, prepare_tasks
-from meteora import MeteoraModel
 from meteora.study.artifacts import ArtifactError, Workspace
-from meteora.study.collection import INDEX, collect_adapters, write_index
+from meteora.study.collection import INDEX
 from meteora.study.opening import open_study
 from meteora.study.profiles import load_profile
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """What notebooks 01 and 02 leave for profile smoke, with gates that were never trained."""
-    profile = load_profile("smoke")
-    workspace = Workspace(dataclasses.replace(profile, root=str(tmp_path_factory.mktemp("study"))))
-    prepare_tasks(profile.tasks, workspace.data, sizes={"train": 8, "valid": 4, "test": 6})
-    base, tokenizer = load_base_model(profile.model.source)
-    splits = [{task: load_split(workspace.data, task, split) for task in profile.tasks} for split in ("train", "valid")]
-    collection = collect_adapters(workspace, base, tokenizer, *splits)
-    write_index(workspace, collection)
-    MeteoraModel.from_adapters(base, collection.tasks).save_pretrained(workspace.gates)
-    workspace.write_csv("gate_training.csv", [{"step": 1}])
-    return workspace
+def workspace(collected, tmp_path_factory):
+    """What notebooks 01 and 02 leave for profile smoke."""
+    profile = dataclasses.replace(load_profile("smoke"), root=str(tmp_path_factory.mktemp("study")))
+    return collected(Workspace(profile), train=8)
 
 
 def test_all_methods_over_one_copy_of_the_weights(workspace):

@@ -17,12 +17,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.base_models import load_base_model
-from data_prep.prepare import load_split, prepare_tasks
-from meteora import MeteoraModel
 from meteora.study import shares
 from meteora.study.artifacts import NOTEBOOKS, ArtifactError, Workspace
-from meteora.study.collection import collect_adapters, write_index
 from meteora.study.predictions import PredictionFile
 from meteora.study.profiles import PROFILES, load_profile
 from meteora.study.shares import Place, answer_share, main, own_device, share
@@ -52,19 +48,9 @@ runpy.run_module("meteora.study.shares", run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A folder with what notebooks 01 and 02 leave for profile smoke, with gates that were never trained."""
-    root = tmp_path_factory.mktemp("prepared")
-    workspace = Workspace(smoke(root))
-    profile = workspace.profile
-    prepare_tasks(profile.tasks, workspace.data, sizes={"train": 48, "valid": 4, "test": 6})
-    base, tokenizer = load_base_model(profile.model.source)
-    splits = [{task: load_split(workspace.data, task, split) for task in profile.tasks} for split in ("train", "valid")]
-    collection = collect_adapters(workspace, base, tokenizer, *splits)
-    write_index(workspace, collection)
-    MeteoraModel.from_adapters(base, collection.tasks).save_pretrained(workspace.gates)
-    workspace.write_csv("gate_training.csv", [{"step": 1}])
-    return root
+def prepared(collected, tmp_path_factory) -> Path:
+    """A folder with what notebooks 01 and 02 leave for profile smoke."""
+    return collected(Workspace(smoke(tmp_path_factory.mktemp("prepared"))), train=48).root
 
 
 def smoke(root: Path) -> Path:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from meteora.gating import Routing
+from meteora.kernels.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,18 @@ class Slots:
     filled: Tensor
 
 
-# column_adapter -> (its version, its slots): finding them waits for the GPU, so it is done once for each layer.
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def slots(column_adapter: Tensor) -> Slots:
-    """The slots of column_adapter (R,), R > 0, kept as long as the tensor lives and is not written to.
+    """The slots of column_adapter (R,), R > 0, found once for each tensor, see :class:`meteora.kernels.kept.Kept`.
 
-    An inference tensor does not tell whether it was.
+    Raises:
+        RuntimeError: in a CUDA graph that is being captured, for a tensor that was not met before.
     """
     if torch.compiler.is_compiling():
         return _find(column_adapter)  # part of the graph; what is kept cannot be
-    version = 0 if column_adapter.is_inference() else column_adapter._version
-    kept = _kept.get(column_adapter)
-    if kept is None or kept[0] != version:
-        kept = _kept[column_adapter] = version, _find(column_adapter)
-    return kept[1]
+    found = _kept(column_adapter)
+    if found is None:
+        raise RuntimeError("backend 'bmm' cannot begin in a CUDA graph: call the layer once before it is captured.")
+    return found
 
 
 def _find(column_adapter: Tensor) -> Slots:
@@ -53,6 +49,9 @@ def _find(column_adapter: Tensor) -> Slots:
     slot = torch.arange(int(ranks.max()), device=order.device).expand(adapters + 1, -1)
     filled = slot < ranks.unsqueeze(1)
     return Slots(order[(first.unsqueeze(1) + slot * filled).clamp(max=len(order) - 1)], filled)
+
+
+_kept = Kept(_find)
 
 
 def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, routing: Routing) -> Tensor:

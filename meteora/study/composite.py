@@ -65,11 +65,14 @@ def composite_runs(workspace: Workspace) -> list[CompositeRun]:
     kinds += [(protocol, 0) for protocol in settings.zero_shot]
     for size, tasks in settings.sizes.items():
         temperatures = list(dict.fromkeys([settings.temperature.get(size, 1.0), 1.0]))
+        built = {
+            shots: build_composites(workspace.data, tasks, most, shots=shots, seed=profile.seed)
+            for shots in dict.fromkeys(shots for _, shots in kinds)
+        }
         for protocol, shots in dict.fromkeys(kinds):
-            items = build_composites(workspace.data, tasks, most, shots=shots, seed=profile.seed)
+            items = built[shots][: settings.count(protocol)]
             folder = predictions if shots == settings.shots else predictions / f"{shots}-shot"
-            run = CompositeRun(size, protocol, shots, items[: settings.count(protocol)], temperatures, folder)
-            found.append(run)
+            found.append(CompositeRun(size, protocol, shots, items, temperatures, folder))
     return found
 
 
