@@ -72,13 +72,14 @@ def test_speed_block(tmp_path) -> None:
         "top_k": 2, "in_features": 4096, "out_features": 128256, "dtype": "bfloat16",
     }  # fmt: skip
     times = [("base", "graph", 10e3), ("triton", "graph", 11e3), ("base", "eager", 20e3), ("loop", "eager", 300e3)]
-    times += [("triton", "eager", 90e3), ("bmm", "graph", None)]
+    times += [("triton", "eager", 90e3), ("auto", "eager", 60e3), ("bmm", "graph", None)]
     file = RowFile(metrics / "benchmark.csv", {"device": "a GPU", "torch": "2", "triton": "3"})
     rows = [({**setting, "backend": b, "launch": launch}, value and [value] * 3) for b, launch, value in times]
     file.append(make_row(row, "time_us", values, unit="us") for row, values in rows)
     block = speed_block(tmp_path)
     assert "| next token behind 1,023, batch of 8 | 10.0 ms |  | 1.10x |  |  | 15x* |" in block
     assert "on one a GPU" in block and "28 adapters of rank 8" in block
+    assert "`auto`, the same as `triton`, was up to 1.5x apart from it" in block
 
 
 def test_training_block(tmp_path) -> None:

@@ -128,6 +128,11 @@ def _whole_models(rows: pd.DataFrame) -> str:
         "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy. The last two "
         "columns are without graphs as well, as `model.generate` runs: Python then starts one kernel after the other."
     )
+    twins = times[times["launch"] == "eager"].pivot_table("value", ["mode", "batch", "tokens"], "backend")
+    if {"auto", "triton"} <= set(twins):
+        ratio = twins["auto"] / twins["triton"]
+        apart = max(ratio.max(), 1 / ratio.min())
+        caption += f" What the CPU is busy with tells there: `auto`, the same as `triton`, was up to {apart:.1f}x apart from it."
     return to_markdown(pd.DataFrame(lines), caption)
 
 
