@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from meteora.kernels import decode, grouped
+from meteora.kernels import decode, gathered, grouped
 from meteora.kernels.expand import expand, expand_ref
 from meteora.kernels.packing import padded
 from meteora.kernels.route import mask, mask_ref, route, route_backward
@@ -75,7 +75,7 @@ def _gated_mix_inplace(
 def choose_siblings(
     x: Tensor, packed: Tensor, n: int, widest: int, column_adapter: Tensor, num_adapters: int, top_k: int,
     temperature: float = 1.0, *, absolute: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor | gathered.Chosen:  # fmt: skip
     """What n layers that get one input need of it: all of the mixture that is done before their outputs are there.
 
     Args:
@@ -84,8 +84,13 @@ def choose_siblings(
         column_adapter: (R,), R > 0, the same one in all layers.
 
     Returns:
-        What :func:`add_siblings` takes: (splits, T * n, C) float32 products for `decode`, or s (T * n, R').
+        What :func:`add_siblings` takes: (splits, T * n, C) float32 products for `decode`, or s (T * n, R'), or what was
+        chosen of many columns.
     """
+    found = gathered.fits(len(x), column_adapter, top_k)
+    if found is not None:
+        columns = column_adapter.shape[0]
+        return gathered.choose(x, packed, n, columns, found, num_adapters, top_k, temperature, absolute=absolute)
     products = shrink(x, packed, n)
     products = products.view(len(products), -1, len(packed) // n)  # to `route` a token's siblings are tokens in a row
     if decode.fits(len(x), widest, column_adapter.shape[0]):
@@ -95,14 +100,16 @@ def choose_siblings(
 
 
 def add_siblings(
-    ys: Sequence[Tensor], chosen: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int,
-    top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
+    ys: Sequence[Tensor], chosen: Tensor | gathered.Chosen, Bs: Sequence[Tensor], column_adapter: Tensor,
+    num_adapters: int, top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
 ) -> None:  # fmt: skip
     """Add the mixtures into the layers' outputs, n times (T, out), after :func:`choose_siblings`.
 
     ``early``: no kernels but those of `choose_siblings` were started since those that made the outputs.
     """
-    if chosen.dim() == 3:
+    if isinstance(chosen, gathered.Chosen):
+        gathered.add(ys, chosen, Bs, early=early)
+    elif chosen.dim() == 3:
         options = {"absolute": absolute, "early": early}
         decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, **options)
     else:
@@ -119,6 +126,10 @@ def _mix_inplace(
     found = grouped.fits(x.shape[0], column_adapter, indices.shape[1])
     if found is not None:
         grouped.given(y, x, A, B, found, indices, weights)
+        return
+    found = gathered.fits(x.shape[0], column_adapter, indices.shape[1])
+    if found is not None:
+        gathered.given(y, x, A, B, found, indices, weights)
         return
     expand([y], mask(shrink(x, A), column_adapter, indices, weights, dtype=B.dtype)[0], [B])
 

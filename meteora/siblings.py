@@ -124,7 +124,7 @@ class Siblings:
             and x.is_contiguous()
             and x.numel() > 0
             and all(_plain(sibling, x.dtype) for sibling in self.layers)
-            and triton.all_columns(x.numel() // layer.in_features, layer.column_adapter, layer.state.top_k)
+            and triton.for_siblings(x.numel() // layer.in_features, layer.column_adapter, layer.state.top_k)
         )
 
     def _compute(self, layer: MeteoraLinear, x: Tensor, thread: int, circumstances: tuple) -> Tensor:

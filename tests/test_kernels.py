@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+from meteora.backends import MIXERS
 from meteora.backends import triton as backend
 from meteora.gating import Routing
-from meteora.kernels import choose, decode, expand, grouped, launch, listed, ops, route, shrink, sort, tiles
+from meteora.kernels import choose, decode, expand, gathered, grouped, launch, listed, ops, route, shrink, sort, tiles
 from meteora.kernels.packing import gate_parts, pack, padded
 from meteora.kernels.segments import segments
 
@@ -863,3 +864,260 @@ def test_grouped_is_the_same_whether_or_not_launches_overlap(features, out, k, r
         out.copy_(y)
         graph.replay()
         assert torch.equal(out, expected)
+
+
+# Few tokens, many columns: what they chose alone ---------------------------------------------------------------------
+
+GATHERED = [
+    # tokens, features, out, ranks, k
+    (1, 40, 36, [64] * 3, 1),
+    (1, 1100, 20, [64, 64], 2),  # the inner dimension in pieces
+    (3, 33, 35, [1, 0, 64, 3, 8], 2),  # nothing is a multiple of anything
+    (3, 257, 17, [8, 32, 0, 16, 0], 2),  # aligned segments; the last adapter is unknown to them
+    (2, 40, 24, [1, 3, 8, 16], 4),  # all are chosen
+    (17, 24, 40, [3, 5, 7], 1),
+    (1, 24, 6, [150, 3], 2),
+    (2, 40, 12, [1] * 12, 12),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GATHERED)
+def test_gathered_is_the_reference(tokens, features, out, ranks, k, dtype):
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
+    exact = [tensor.float().clone() for tensor in (y, x, A, B)]
+    packed, found = pack(A, gate), segments(owner)
+    for absolute in (False, True):
+        result = y.clone()
+        gathered.gated(result, x, packed, B, found, len(ranks), k, 1.5, absolute=absolute)
+        close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5, absolute=absolute), dtype)
+    indices, weights = routing_of(tokens, len(ranks), k)
+    expected = ops.mix_ref(*exact, owner, indices, weights)
+    gathered.given(y, x, A, B, found, indices.int() if tokens % 2 else indices, weights)
+    close(y, expected, dtype)
+    for name in ("loop", "dense"):
+        close(y, MIXERS[name](*(tensor.clone() for tensor in exact), owner, Routing(indices, weights)), dtype)
+
+
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GATHERED)
+def test_each_kernel_of_gathered_is_its_reference(tokens, features, out, ranks, k):
+    layers, dtype = 2, torch.float16  # one layer, and float32, are above
+    ys, x, As, Bs, gates, owner = siblings_of(tokens, features, (out, 19), ranks, dtype)
+    packed, found, N = torch.cat([pack(*each) for each in zip(As, gates, strict=True)]), segments(owner), len(ranks)
+    logits = gathered.gate(x, packed, layers, len(owner), N)
+    close(logits.sum(0), gathered.gate_ref(x, packed, layers, len(owner), N)[0], torch.float32, 3)
+    indices, weights = choose.choose_ref(logits, 1, N, k, 0.5)
+    choice = gathered.Choice(k, logits, 0.5)
+    partial = gathered.shrink_chosen(x, packed, layers, choice, found)
+    there = torch.arange(found.widest) < torch.tensor(ranks)[indices.cpu()].unsqueeze(-1).unsqueeze(-1)
+    assert partial[there.expand(partial.shape).to(DEVICE)].isfinite().all(), "all that is needed is written"
+    partial = torch.where(there.to(DEVICE), partial, 0)
+    close(partial.sum(2), gathered.shrink_chosen_ref(x.cpu(), packed.cpu(), layers, indices, found).sum(2), dtype)
+    expected = gathered.expand_chosen_ref(ys, partial, Bs, indices, weights, found)
+    gathered.expand_chosen(ys, partial, Bs, choice, found)
+    for y, wanted in zip(ys, expected, strict=True):
+        close(y, wanted, dtype)
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 600), st.integers(1, 40),
+    st.lists(st.sampled_from([0, 1, 3, 8, 20, 64]), min_size=1, max_size=6).filter(any), st.data(),
+    st.floats(0.2, 20), st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=8, deadline=None)
+def test_gathered_of_any_shape(tokens, features, out, ranks, data, temperature, absolute, seed):
+    k = data.draw(st.integers(1, len(ranks)))
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, seed=seed)
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, absolute=absolute)
+    gathered.gated(y, x, pack(A, gate), B, segments(owner), len(ranks), k, temperature, absolute=absolute)
+    close(y, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_gathered_where_all_logits_are_alike(k):
+    """Untrained gates choose the adapters that come first, with one weight for all."""
+    y, x, A, B, gate, owner = problem(2, 48, 40, [3, 64, 8, 1, 8, 8])
+    indices, weights = torch.arange(k, device=DEVICE).expand(2, k), torch.full((2, k), 1 / k, device=DEVICE)
+    expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
+    gathered.gated(y, x, pack(A, torch.zeros_like(gate)), B, segments(owner), 6, k)
+    close(y, expected)
+
+
+@pytest.fixture
+def gathered_at_any_size(monkeypatch):
+    """The gathered way wherever it can be gone, and a list of the calls that went it."""
+    calls = []
+    for name, value in (("LEAST_COLUMNS", 0), ("LEAST_COLUMNS_OF_MANY", 0), ("MOST_CHOSEN", 1e9), ("MOST_READ", 1e9)):
+        monkeypatch.setattr(gathered, name, value)
+    inner = gathered.add
+    monkeypatch.setattr(gathered, "add", lambda *args, **options: (calls.append(inner), inner(*args, **options)))
+    return calls
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_operators_go_the_gathered_way_where_it_fits(shuffle, gathered_at_any_size):
+    y, x, A, B, gate, owner = problem(5, 48, 40, [4] * 12, shuffle=shuffle)
+    packed = pack(A, gate)
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, 2)
+    strided = torch.zeros(5, 100, device=DEVICE)[:, 3:51].copy_(x)
+    close(ops.gated_mix_(y.clone(), strided, packed, B, owner, 12, 2), expected)
+    close(ops.gated_mix_(y.clone(), x.t().contiguous().t(), packed, B, owner, 12, 2), expected)
+    close(ops.gated_mix_(y.clone(), x, packed, B.t().contiguous().t(), owner, 12, 2), expected)
+    indices, weights = routing_of(5, 12, 2)
+    close(ops.mix_(y.clone(), x, A, B, owner, indices, weights), ops.mix_ref(y, x, A, B, owner, indices, weights))
+    wide = torch.zeros(5, 90, device=DEVICE)[:, 7:47].copy_(y)
+    close(ops.gated_mix_(wide, x, packed, B, owner, 12, 2), expected)
+    assert len(gathered_at_any_size) == (0 if shuffle else 5), "columns out of order go the other way"
+    leaves = [tensor.clone().requires_grad_() for tensor in (y, x, A, B, gate)]
+    close(backend.gated_mix(*leaves, owner, 2), expected)
+    assert len(gathered_at_any_size) == (0 if shuffle else 5), "so does what needs gradients"
+
+
+@pytest.mark.parametrize(
+    "early, dtype, tokens, features, outs, ranks, k",
+    [
+        (True, DTYPES[0], 1, 48, (40, 17, 33), [8] * 4, 2),
+        (False, DTYPES[1], 2, 1100, (16, 70), [64, 3, 8], 1),
+        (True, DTYPES[1], 3, 40, (70, 16, 1), [1, 0, 7, 0], 3),
+    ],
+)
+def test_gathered_siblings(tokens, features, outs, ranks, k, early, dtype, gathered_at_any_size):
+    check_siblings(siblings_of(tokens, features, outs, ranks, dtype), k, 1.5, dtype, early=early)
+    assert len(gathered_at_any_size) == len(outs) + 1
+
+
+def test_the_gathered_operators_are_operators(gathered_at_any_size):
+    y, x, A, B, gate, owner = problem(4, 16, 16, [4] * 9)
+    packed = pack(A, gate)
+    indices, weights = routing_of(4, 9, 2)
+    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False, 0))
+    torch.library.opcheck(torch.ops.meteora.mix_, (y, x, A, B, owner, indices, weights))
+    assert gathered_at_any_size
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def inference(y, x):
+        return ops.gated_mix_(y * 2, x, packed, B, owner, 9, 2) + 1
+
+    gathered_at_any_size.clear()
+    close(inference(y, x), ops.gated_mix_ref(y * 2, x, A, B, gate, owner, 2) + 1)
+    assert gathered_at_any_size
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_gathered_what_is_not_finite_stays_in_its_token(value, k):
+    y, x, A, B, gate, owner = problem(6, 24, 20, [4] * 9)
+    packed, found, results = pack(A, gate), segments(owner), []
+    spoiled = x.clone()
+    spoiled[2] = value
+    for tokens in (x, spoiled):
+        results.append(y.clone())
+        gathered.gated(results[-1], tokens, packed, B, found, 9, k)
+    others = torch.arange(6, device=DEVICE) != 2
+    assert torch.equal(results[0][others], results[1][others])
+    assert torch.isnan(results[1][2]).all()
+
+
+def test_gathered_an_adapter_is_not_felt_unless_chosen_with_a_weight():
+    y, x, A, B, _, owner = problem(6, 16, 20, [4, 4, 4], torch.float16)
+    A[owner == 1] = 6e4  # overflows
+    A[owner == 2], B[:, owner == 2] = torch.nan, torch.nan
+    indices = torch.tensor([[0, 1]], device=DEVICE).expand(6, 2)
+    weights = torch.tensor([[1.0, 0.0]], device=DEVICE).expand(6, 2)
+    exact = [tensor.float() for tensor in (y, x, A[:4], B[:, :4])]
+    expected = ops.mix_ref(*exact, owner[:4], indices[:, :1], weights[:, :1])
+    gathered.given(y, x, A, B, segments(owner), indices, weights)
+    close(y, expected, torch.float16)
+
+
+def test_gathered_adapters_without_columns_add_nothing():
+    y, x, A, B, gate, owner = problem(4, 16, 20, [0, 3, 0, 4, 0])
+    before, wanted = y.clone(), torch.tensor([[0, 4]], device=DEVICE).expand(4, 2)
+    gathered.given(y, x, A, B, segments(owner), wanted, torch.full((4, 2), 0.5, device=DEVICE))
+    assert torch.equal(y, before)
+    gate, x = gate_and_input(x, gate, wanted)
+    gathered.gated(y, x, pack(A, gate), B, segments(owner), 5, 2)
+    assert torch.equal(y, before)
+
+
+def test_gathered_an_adapter_that_is_chosen_twice():
+    y, x, A, B, _, owner = problem(3, 16, 20, [4, 3])
+    indices, weights = torch.ones(3, 2, dtype=torch.long, device=DEVICE), routing_of(3, 2, 2)[1].contiguous()
+    expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
+    gathered.given(y, x, A, B, segments(owner), indices, weights)
+    close(y, expected)
+
+
+def test_gathered_twice_is_the_same():
+    y, x, A, B, gate, owner = problem(3, 1100, 40, [16] * 6)
+    results = [y.clone() for _ in range(2)]
+    for result in results:
+        gathered.gated(result, x, pack(A, gate), B, segments(owner), 6, 2)
+    assert torch.equal(*results)
+
+
+def test_gathered_no_tokens(gathered_at_any_size):
+    y, x, A, B, gate, owner = problem(0, 8, 6, [2, 2])
+    assert ops.gated_mix_(y, x, pack(A, gate), B, owner, 2, 1).shape == (0, 6)
+    assert ops.mix_(y, x, A, B, owner, *routing_of(0, 2, 1)).shape == (0, 6) and not gathered_at_any_size
+
+
+def test_where_the_gathered_way_fits():
+    def columns(adapters, rank):
+        return torch.arange(adapters, device=DEVICE).repeat_interleave(rank)
+
+    many, few = columns(28, 64), columns(28, 8)
+    for tokens, owner, k in ((1, many, 2), (16, many, 2), (32, many, 1), (1, many, 14), (4, many, 7), (1, few, 2)):
+        assert gathered.fits(tokens, owner, k) is segments(owner)
+    assert gathered.fits(17, many, 2) is None and gathered.fits(33, many, 1) is None, "too many choices"
+    assert gathered.fits(1, few, 3) is None and gathered.fits(1, columns(12, 8), 2) is None, "too few columns"
+    assert gathered.fits(1, many, 15) is None and gathered.fits(8, many, 7) is None, "most are chosen"
+    assert gathered.fits(16, columns(4, 32), 1) is None
+    assert gathered.fits(1, many.flip(0), 2) is None
+    assert gathered.fits(1, columns(4, 300), 1) is None, "ranks beyond MOST_RANK"
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "tokens, features, out", [(1, 4096, 14336), (2, 14336, 4096), (7, 4096, 1024), (16, 4096, 4096)]
+)
+@pytest.mark.parametrize("k", [1, 2])
+def test_gathered_is_the_same_whether_or_not_launches_overlap(tokens, features, out, k, monkeypatch):
+    """And what was captured with one routing is replayed with another."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # its kernels would keep the others apart
+    y, x, A, B, gate, owner = problem(tokens, features, out, [64] * 28, torch.bfloat16)
+    gate, other = gate_and_input(x, gate, routing_of(tokens, 28, k)[0])
+    gate, x = gate_and_input(x, gate, routing_of(tokens, 28, k, seed=1)[0])
+    packed, expected = pack(A, gate), []
+    assert gathered.fits(tokens, owner, k) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(gathered, "overlaps", lambda tensor: False)
+        patch.setattr(launch, "overlaps", lambda tensor: False)
+        for found in (x, other):
+            expected.append(ops.gated_mix_(y.clone(), found, packed, B, owner, 28, k))
+            exact = [tensor.float() for tensor in (y, found, A, B)]
+            close(expected[-1], ops.gated_mix_ref(*exact, gate, owner, k), torch.bfloat16)
+    ops.gated_mix_(y.clone(), x, packed, B, owner, 28, k)
+    out, graph, inputs = y.clone(), torch.cuda.CUDAGraph(), (x.clone(), other)
+    with torch.cuda.graph(graph):
+        ops.gated_mix_(out, x, packed, B, owner, 28, k)
+    for _ in range(20):
+        for found, wanted in zip(inputs, expected, strict=True):
+            x.copy_(found)
+            out.copy_(y)
+            graph.replay()
+            assert torch.equal(out, wanted)
+
+
+@needs_gpu
+def test_gathered_offsets_beyond_32_bits():
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GB on the GPU")
+    y, x, A, B, _, owner = problem(2, 512, 40, [64] * 18, torch.bfloat16)
+    apart = torch.empty(len(A), 2**21, device=DEVICE, dtype=torch.bfloat16)[:, :512]  # 2.4e9 numbers
+    apart.copy_(A)
+    indices, weights = torch.tensor([[17, 3], [0, 17]], device=DEVICE), torch.full((2, 2), 0.5, device=DEVICE)
+    expected = y.clone()
+    gathered.given(expected, x, A, B, segments(owner), indices, weights)
+    gathered.given(y, x, apart, B, segments(owner), indices, weights)
+    assert torch.equal(y, expected)

@@ -90,8 +90,8 @@ def gated_mix(
     return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, **options)
 
 
-def all_columns(tokens: int, column_adapter: Tensor, top_k: int) -> bool:
-    """Whether all adapters' columns are computed for every token, as `gated_mixes` does it, or tokens are grouped."""
+def for_siblings(tokens: int, column_adapter: Tensor, top_k: int) -> bool:
+    """Whether `gated_mixes` would compute it as `gated_mix` does; tokens grouped by adapter it does not know."""
     from meteora.kernels import grouped
 
     return column_adapter.shape[0] > 0 and grouped.fits(tokens, column_adapter, top_k) is None

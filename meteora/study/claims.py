@@ -87,8 +87,11 @@ def _time_ratios(metrics: Mapping[str, pd.DataFrame], slower: str, faster: str) 
     """As the paper's Figure 5 does it, over the tasks' prompts, if they were measured."""
     if "benchmark" not in metrics:
         return pd.Series(dtype=float)
-    workload = "tasks" if (metrics["benchmark"]["workload"] == "tasks").any() else "layer"
-    return backend_ratios(metrics["benchmark"], slower, faster, workload=workload)
+    return backend_ratios(metrics["benchmark"], slower, faster, workload=_workload(metrics["benchmark"]))
+
+
+def _workload(benchmark: pd.DataFrame) -> str:
+    return "tasks" if (benchmark["workload"] == "tasks").any() else "layer"
 
 
 def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
@@ -97,7 +100,8 @@ def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
     if not parts:
         return None
     name = max(parts, key=lambda name: parts[name].max())
-    return Finding(f"up to {parts[name].max():.1f}x ({name})", sum(map(len, parts.values())))
+    where = {"tasks": "the tasks' prompts", "layer": "one layer"}[_workload(metrics["benchmark"])]
+    return Finding(f"up to {parts[name].max():.1f}x ({name}), {where}", sum(map(len, parts.values())))
 
 
 def _bmm_against_loop(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:

@@ -48,6 +48,10 @@ def cases() -> list[tuple[str, Cell]]:
         ("forward", Cell(tokens, 28, 8, 2, *size, "bfloat16", "uniform"))
         for size, tokens in product(sizes, (16, 1024, 4096))
     ]
+    found += [
+        ("forward", Cell(tokens, 28, rank, 2, 4096, 4096, "bfloat16", "uniform"))
+        for rank, tokens in ((8, 1), (64, 1), (64, 16))
+    ]
     found += [("backward", Cell(4096, 28, 8, 2, *size, "bfloat16", "uniform")) for size in sizes]
     found += [("forward", Cell(4096, 28, 64, 2, 4096, 4096, "bfloat16", routing)) for routing in ("uniform", "runs")]
     return found
