@@ -31,7 +31,8 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 def products_add_up_one_by_one():
     """In Triton's interpreter a sum depends neither on the CPU nor on the matrices' sizes, as it does not on a GPU.
 
-    numpy leaves products of float32 to a BLAS, which cuts and orders the sums by both. Long doubles it adds one by one.
+    numpy leaves matrix products to a BLAS, which cuts and orders the sums by both. `einsum` does not, and in doubles, which
+    hold each product whole, what order it adds in is lost when the sum is rounded.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -39,8 +40,8 @@ def products_add_up_one_by_one():
     from triton.runtime import interpreter
 
     def create_dot(self, a, b, d, *_):
-        product = np.matmul(a.data.astype(np.longdouble), b.data.astype(np.longdouble)).astype(d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+        product = np.einsum("ik,kj->ij", a.data.astype(np.float64), b.data.astype(np.float64))
+        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
