@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, cdiv, overlap_options
+from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, overlap_options
 from meteora.kernels.route import largest, sort_keys
 from meteora.kernels.sort import tokens_per_block
 
@@ -162,7 +162,7 @@ def choose(
     _choose[(blocks,)](
         products, indices, weights, counts, lists.slots, lists.adapters, T, num_adapters, C, columned, blocks,
         1 / temperature, MOST=lists.adapters.shape[1], SPLITS=splits, TOP_K=top_k, PARTS=parts, ABSOLUTE=absolute,
-        BT=lists.height, BN=block(num_adapters, 1024), BK=block(top_k, 1024, 1), num_warps=8,
+        BT=lists.height, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1), num_warps=8,
         **overlap_options(products),
     )  # fmt: skip
     return indices, weights, counts, lists
@@ -193,6 +193,6 @@ def count(indices: Tensor, columned: int) -> tuple[Tensor, Lists]:
     blocks = counts.shape[1]
     _count[(blocks,)](
         indices, counts, lists.slots, lists.adapters, T, columned, blocks,
-        MOST=lists.adapters.shape[1], TOP_K=k, BT=lists.height, BN=block(columned, 1024), num_warps=4,
+        MOST=lists.adapters.shape[1], TOP_K=k, BT=lists.height, BN=block(columned, MOST_ADAPTERS), num_warps=4,
     )  # fmt: skip
     return counts, lists

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from meteora.kernels.expand import expand_ref
-from meteora.kernels.launch import block, cdiv, overlap_options
+from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, overlap_options
 from meteora.kernels.packing import gate_parts
 from meteora.kernels.route import largest, route_ref, sort_keys
 
@@ -110,5 +110,5 @@ def decode(
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
         products, column_adapter, rows // n, R, num_adapters, C, splits, 1 / temperature,
         SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, BO=BO, BR=block(R, MOST_COLUMNS),
-        BN=block(num_adapters, 1024), BS=block(splits, 64, 1), num_warps=1, **overlap_options(products, early),
+        BN=block(num_adapters, MOST_ADAPTERS), BS=block(splits, 64, 1), num_warps=1, **overlap_options(products, early),
     )  # fmt: skip

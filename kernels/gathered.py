@@ -12,6 +12,7 @@ a row, and each program of the third belongs to one layer. What order sums are a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, cdiv, cut, overlap_options, overlaps
+from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, cut, overlap_options, overlaps
 from meteora.kernels.packing import gate_parts
 from meteora.kernels.segments import ALIGNED, Segments, segments
 
@@ -32,6 +33,8 @@ LEAST_COLUMNS_OF_MANY = 800  # R, for more choices, whose columns of B are not h
 MOST_CHOSEN = 0.5  # of R, what one token chooses
 MOST_READ = 1.25  # of R, what all tokens choose together; the other way reads R
 MOST_RANK = 256  # of which a program holds its rows of B in registers
+
+SIZES = 1024  # of calls, for which how the kernels are started is kept
 
 STEP = 256  # inner columns that a warp takes at a time, 16 bytes a thread: so the tiles of x and of weights lie alike
 MOST_SPLITS = 8  # of the inner dimension of A, if it is no giant: each program of the last kernel adds them up
@@ -70,7 +73,7 @@ class Choice:
         splits, _, N = (1, 0, 1) if self.given else self.logits.shape
         return {
             "N": N, "COUNT": found.count, "GIVEN": self.given, "TOP_K": self.top_k, "GATE_SPLITS": splits,
-            "ABSOLUTE": self.absolute, "BN": block(max(N, found.count), 1024),
+            "ABSOLUTE": self.absolute, "BN": block(max(N, found.count), MOST_ADAPTERS),
         }  # fmt: skip
 
 
@@ -184,16 +187,23 @@ def gate(x: Tensor, packed: Tensor, layers: int, columns: int, num_adapters: int
         columns: R.
     """
     T, K = x.shape
+    splits, grid, options = _gate_launch(T, K, layers, num_adapters, gate_parts(x.dtype), overlaps(x))
+    out = x.new_empty((splits, T * layers, num_adapters), dtype=torch.float32)
+    _gate[grid](
+        x, packed, out, T, layers, K, num_adapters, x.stride(0), packed.stride(0), columns, packed.shape[0] // layers,
+        **options,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(SIZES)
+def _gate_launch(T: int, K: int, layers: int, N: int, parts: int, overlap: bool) -> tuple[int, tuple, dict]:
+    """Splits, grid and options, which depend on the sizes alone; to find them takes longer than to look them up."""
     BT, pieces, warps = _gate_blocks(T)
     BK = block(K, STEP * warps)
     piece, splits = cut(K, pieces, BK)
-    out = torch.empty(splits, T * layers, num_adapters, dtype=torch.float32, device=x.device)
-    _gate[(num_adapters, splits, cdiv(T, BT) * layers)](
-        x, packed, out, T, layers, K, num_adapters, x.stride(0), packed.stride(0), columns, len(packed) // layers,
-        PARTS=gate_parts(x.dtype), STEPS=piece // BK, BT=BT, BK=BK, EVEN=K == piece * splits,
-        OVERLAP=overlaps(x), num_warps=warps,
-    )  # fmt: skip
-    return out
+    options = {"PARTS": parts, "STEPS": piece // BK, "BT": BT, "BK": BK, "EVEN": K == piece * splits, "OVERLAP": overlap}
+    return splits, (N, splits, cdiv(T, BT) * layers), options | {"num_warps": warps}
 
 
 # What was chosen -----------------------------------------------------------------------------------------------------
@@ -318,21 +328,29 @@ def shrink_chosen(x: Tensor, A: Tensor, layers: int, choice: Choice, found: Segm
     """
     T, K = x.shape
     rows, k = T * layers, choice.top_k
+    splits, grid, options = _shrink_launch(T, K, layers, k, found.widest)
+    partial = x.new_empty((rows, k, splits, found.widest), dtype=torch.float32)
+    # A given routing has no kernel ahead that would let this one begin.
+    overlap = {"OVERLAP": overlaps(x)} if choice.given else overlap_options(x)
+    _shrink_chosen[grid](
+        x, A, *choice.pointers()[:2], partial, found.starts, rows=rows, layers=layers, K=K, x_stride=x.stride(0),
+        a_stride=A.stride(0), layer_rows=A.shape[0] // layers, width=found.widest, **options,
+        **choice.options(found), **overlap,
+    )  # fmt: skip
+    return partial
+
+
+@functools.lru_cache(SIZES)
+def _shrink_launch(T: int, K: int, layers: int, k: int, widest: int) -> tuple[int, tuple, dict]:
+    """Splits, grid and options."""
     BR, piece, warps = _shrink_blocks(T * k)
-    BR, BK = min(BR, block(found.widest, BR, 1)), block(K, STEP * warps)
+    BR, BK = min(BR, block(widest, BR, 1)), block(K, STEP * warps)
     steps = max(1, min(piece, block(K, piece)) // BK)
     while cdiv(K, steps * BK) > MOST_SPLITS and steps < MOST_STEPS:
         steps *= 2
     splits = cdiv(K, steps * BK)
-    partial = torch.empty(rows, k, splits, found.widest, dtype=torch.float32, device=x.device)
-    # A given routing has no kernel ahead that would let this one begin.
-    options = {"OVERLAP": overlaps(x)} if choice.given else overlap_options(x)
-    _shrink_chosen[(cdiv(found.widest, BR) * splits, k, rows)](
-        x, A, *choice.pointers()[:2], partial, found.starts, rows=rows, layers=layers, K=K, x_stride=x.stride(0),
-        a_stride=A.stride(0), layer_rows=len(A) // layers, width=found.widest, SPLITS=splits, STEPS=steps, BR=BR,
-        BK=BK, EVEN=K == splits * steps * BK, num_warps=warps, **choice.options(found), **options,
-    )  # fmt: skip
-    return partial
+    options = {"SPLITS": splits, "STEPS": steps, "BR": BR, "BK": BK, "EVEN": K == splits * steps * BK}
+    return splits, (cdiv(widest, BR) * splits, k, T * layers), options | {"num_warps": warps}
 
 
 # Its columns of B ----------------------------------------------------------------------------------------------------
@@ -460,11 +478,18 @@ def expand_chosen(
         early: no kernels but those that made ``partial``, which may still run, were started after those of the ys.
     """
     T, outs, k = ys[0].shape[0], tuple(B.shape[0] for B in Bs), choice.top_k
-    BR = block(found.widest, MOST_RANK, 8)
-    BO, warps = _expand_blocks(BR)
-    _expand_chosen[(sum(cdiv(out, BO) for out in outs) * T,)](
+    grid, options = _expand_launch(T, outs, k, found.widest, found.aligned)
+    _expand_chosen[grid](
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
         *choice.pointers(), partial, found.starts, T=T, width=found.widest, inverse_temperature=1 / choice.temperature,
-        SIBLINGS=len(ys), SPLITS=partial.shape[2], HOLD=k <= HELD, ALIGNED_BY=ALIGNED if found.aligned else 1, BO=BO,
-        BR=BR, num_warps=warps, **choice.options(found), **overlap_options(partial, early),
+        SPLITS=partial.shape[2], **options, **choice.options(found), **overlap_options(partial, early),
     )  # fmt: skip
+
+
+@functools.lru_cache(SIZES)
+def _expand_launch(T: int, outs: tuple[int, ...], k: int, widest: int, aligned: bool) -> tuple[tuple, dict]:
+    """Grid and options."""
+    BR = block(widest, MOST_RANK, 8)
+    BO, warps = _expand_blocks(BR)
+    options = {"SIBLINGS": len(outs), "HOLD": k <= HELD, "ALIGNED_BY": ALIGNED if aligned else 1, "BO": BO, "BR": BR}
+    return (sum(cdiv(out, BO) for out in outs) * T,), options | {"num_warps": warps}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+MOST_ADAPTERS = 1024  # whose logits, or counts, a program holds at once
 
 
 # Triton has both of these too, as functions that kernels may call, and they take a microsecond each time.
@@ -23,6 +27,20 @@ def cut(size: int, pieces: int, step: int) -> tuple[int, int]:
     """Cut an inner dimension into about so many pieces, each a multiple of ``step``: (a piece's size, their number)."""
     piece = cdiv(cdiv(size, pieces), step) * step
     return piece, cdiv(size, piece)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """The function, run with its first tensor's device as the current one, on which Triton starts kernels."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meteora.kernels import decode, gathered, grouped
 from meteora.kernels.expand import expand, expand_ref
+from meteora.kernels.launch import on_its_device
 from meteora.kernels.packing import padded
 from meteora.kernels.route import mask, mask_ref, route, route_backward
 from meteora.kernels.shrink import shrink
@@ -55,6 +56,7 @@ def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
 # Inference: adds into y ----------------------------------------------------------------------------------------------
 
 
+@on_its_device
 def _gated_mix_inplace(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
     temperature: float, absolute: bool, widest: int,
@@ -116,6 +118,7 @@ def add_siblings(
         expand(ys, chosen, Bs, early=early)
 
 
+@on_its_device
 def _mix_inplace(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
 ) -> None:
@@ -167,6 +170,7 @@ def mix_(
 
 
 @torch.library.custom_op("meteora::gated_mix", mutates_args=())
+@on_its_device
 def gated_mix(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, packed: Tensor, column_adapter: Tensor, top_k: int,
     temperature: float,
@@ -201,6 +205,7 @@ def _(y, x, A, B, gate, packed, column_adapter, top_k, temperature):
 
 
 @torch.library.custom_op("meteora::mix", mutates_args=())
+@on_its_device
 def mix(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -229,6 +234,7 @@ def _(y, x, A, B, column_adapter, indices, weights):
 
 
 @torch.library.custom_op("meteora::route_backward", mutates_args=())
+@on_its_device
 def route_backward_op(
     ds: Tensor, raw: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor, num_adapters: int | None,
     temperature: float,
@@ -244,6 +250,7 @@ def _(ds, raw, column_adapter, indices, weights, num_adapters, temperature):
 
 
 @torch.library.custom_op("meteora::mask", mutates_args=())
+@on_its_device
 def mask_op(raw: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """raw (T, R') weighted as the forward pass weighted it: its s, which is not kept."""
     return mask(raw.unsqueeze(0), column_adapter, indices, weights, dtype=raw.dtype)[0]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, cdiv, overlap_options
+from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, overlap_options
 from meteora.kernels.packing import gate_parts, padded
 
 
@@ -121,7 +121,7 @@ def _launch_route(products, column_adapter, s, raw, indices, weights, num_adapte
     grid = (cdiv(T, BT), cdiv(columns, BR))
     _route[grid](
         products, column_adapter, s, raw, indices, weights, T, R, num_adapters, C, columns, 1 / temperature,
-        SPLITS=splits, TOP_K=top_k, PARTS=parts, BT=BT, BR=BR, BN=block(num_adapters, 1024), BK=block(top_k, 1024, 1),
+        SPLITS=splits, TOP_K=top_k, PARTS=parts, BT=BT, BR=BR, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1),
         num_warps=warps, **flags, **overlap_options(s),
     )  # fmt: skip
 
@@ -271,7 +271,7 @@ def route_backward(
         _route_backward[(cdiv(T, BT),)](
             ds, raw, column_adapter, indices.contiguous(), weights.contiguous(), out, dweights, T, R,
             num_adapters or 1, ds.stride(0), raw.stride(0), out.stride(0), 1 / temperature,
-            TOP_K=indices.shape[1], GATED=gated, BT=BT, BR=block(R, 256), BN=block(width - R, 1024),
+            TOP_K=indices.shape[1], GATED=gated, BT=BT, BR=block(R, 256), BN=block(width - R, 2 * MOST_ADAPTERS),
             BK=block(indices.shape[1], 1024, 1), num_warps=4,
         )  # fmt: skip
     return out, dweights

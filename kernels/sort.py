@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from meteora.kernels.launch import block, cdiv, overlap_options
+from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, overlap_options
 
 
 class Tiles(NamedTuple):
@@ -139,7 +139,7 @@ def sort(indices: Tensor, counts: Tensor, starts: Tensor, height: int, slots: Te
     adapter, rows = described[0], described[1]
     _sort[(blocks, k)](
         indices, counts, counts if slots is None else slots, starts, tokens, adapter, rows, T, N, M, blocks,
-        LISTED=slots is not None, TOP_K=k, HEIGHT=height, BT=tokens_per_block(N), BN=block(N, 1024),
+        LISTED=slots is not None, TOP_K=k, HEIGHT=height, BT=tokens_per_block(N), BN=block(N, MOST_ADAPTERS),
         BM=block(cdiv(M, blocks), 4096, 1), num_warps=4, **overlap_options(counts),
     )  # fmt: skip
     return Tiles(tokens, adapter, rows, height)

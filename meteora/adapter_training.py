@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meteora.adapters import WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory, peft_tensors
+from meteora.adapters import WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory, check_name, peft_tensors
 from meteora.batches import Batch, Sample, by_task, encode, micro_batches
-from meteora.checkpoint import public_name
+from meteora.checkpoint import check_free_for_adapter, public_name
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
@@ -48,10 +48,17 @@ def train_adapters(
 
     Returns:
         Rows ``step, task, split, loss``: the training loss of every step, and the validation losses.
+
+    Raises:
+        ValueError: for a name or a dataset that is empty, or a row that is none.
+        FileExistsError: if something else than an adapter lies where one is to be written.
     """
     config = config or AdapterTrainingConfig()
     if not datasets:
         raise ValueError("no datasets given; train_adapters needs at least one.")
+    for name in datasets:
+        check_name(name)
+        check_free_for_adapter(adapter_directory(output_dir, name))
     unknown = set(validation or {}) - set(datasets)
     if unknown:
         raise ValueError(f"validation data for {sorted(unknown)[0]!r}, for which there is no training data.")
@@ -231,14 +238,15 @@ class _AdapterTrainer:
 
 
 def _encode(datasets: Mapping[str, Iterable[Mapping]], names: list[str], tokenizer, max_length: int) -> dict:
-    rows = [{**row, "task": name} for name, dataset in datasets.items() for row in dataset]
-    if not rows:
-        return {}
-    groups = by_task(encode(rows, {name: n for n, name in enumerate(names)}, tokenizer, max_length))
-    for name in datasets:
-        if names.index(name) not in groups:
-            raise ValueError(f"the dataset of {name!r} is empty; give at least one row.")
-    return groups
+    numbers, samples = {name: n for n, name in enumerate(names)}, []
+    for name, dataset in datasets.items():
+        # What is no row is left to `encode`, which says so.
+        rows = ({**row, "task": name} if isinstance(row, Mapping) else row for row in dataset)
+        try:
+            samples += encode(rows, numbers, tokenizer, max_length)
+        except ValueError as error:
+            raise ValueError(f"dataset {name!r}: {error}") from error
+    return by_task(samples)
 
 
 def _fresh_adapters(base_model: nn.Module, names: list[str], config: AdapterTrainingConfig) -> list[Adapter]:

@@ -83,7 +83,7 @@ def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, 
     """Name -> directory or hub id, from such a mapping or from one folder that holds PEFT directories.
 
     Raises:
-        AdapterError: if there is none, or a name is empty.
+        AdapterError: if there is none, a name is empty, or two folders stand for one name.
     """
     if isinstance(adapters, (str, Path)):
         folder = Path(adapters)
@@ -91,16 +91,34 @@ def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, 
             raise AdapterError(f"{folder} is not a folder; give a folder of PEFT directories, or a dict name -> path.")
         # Names never begin with a dot (adapter_directory escapes it): such a folder is one being written.
         folders = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if path.parent.name[0] != "."]
-        found = {unquote(path.name): str(path) for path in folders}
+        found: dict[str, str] = {}
+        for path in folders:
+            name = unquote(path.name)
+            if name in found:
+                raise AdapterError(
+                    f"{folder} holds two folders for an adapter {name!r}, {Path(found[name]).name!r} and "
+                    f"{path.name!r}; rename one, or move it away."
+                )
+            found[name] = str(path)
         if not found:
             raise AdapterError(f"{folder} holds no PEFT directory (none of its folders has an {CONFIG_FILE}).")
         return found
     if not adapters:
         raise AdapterError("no adapters given; a mixture needs at least one.")
+    if not isinstance(adapters, Mapping):
+        raise AdapterError(
+            "adapters must be a dict name -> directory or hub id, or one folder of PEFT directories, not a "
+            f"{type(adapters).__name__}."
+        )
     for name in adapters:
-        if not isinstance(name, str) or not name:
-            raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}.")
+        check_name(name)
     return {name: str(source) for name, source in adapters.items()}
+
+
+def check_name(name: object) -> None:
+    """Raise ``AdapterError`` for what is no name of an adapter."""
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}.")
 
 
 def adapter_directory(folder: str | Path, name: str) -> Path:

@@ -103,7 +103,8 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
     A row that is too long loses the beginning of its prompt (of its first turns), so that the response stays.
 
     Raises:
-        ValueError: for a row that lacks a key or has no string there, or whose task is not in ``task_ids``.
+        ValueError: for a row that is no mapping, lacks a key or has no string there, or whose task is not in
+            ``task_ids``.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
@@ -120,6 +121,12 @@ def _encode_rows(
     rows: Sequence[Mapping], first: int, task_ids: Mapping[str, int], tokenizer, max_length: int
 ) -> list[Sample]:
     """The samples of some rows, the first of which is number ``first`` of the dataset."""
+    for n, row in enumerate(rows, first):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {n} of the dataset is a {type(row).__name__}; the dataset must be a list of rows, each a dict "
+                "with prompt, response, task."
+            )
     turns = {n: row.get("turns", [row]) for n, row in enumerate(rows, first) if "segments" not in row}
     tasks = []
     for n, of_row in turns.items():

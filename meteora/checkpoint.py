@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "meteora_config.json"
 GATES_FILE = "gates.safetensors"
 CARD_FILE = "README.md"
-FORMAT = 1
+FORMAT = 2
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -47,7 +47,7 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def read_settings(directory: Path) -> dict:
-    """The settings of the checkpoint in ``directory``: ``config``, ``adapters`` in the gates' order, ``warning``.
+    """The settings of the checkpoint in ``directory``: ``config``, ``adapters`` in the gates' order, ``untrained``.
 
     Raises:
         AdapterError: if the checkpoint is incomplete, unreadable, or of another format.
@@ -68,7 +68,7 @@ def read_settings(directory: Path) -> dict:
 
 def _check_settings(saved: dict, file: Path) -> None:
     mend = "copy the checkpoint again, or save it anew."
-    for key, kind in (("config", dict), ("adapters", list), ("warning", str | None)):
+    for key, kind in (("config", dict), ("adapters", list), ("untrained", list)):
         if not isinstance(saved.get(key, ...), kind):
             raise AdapterError(f"{file} has no usable {key!r}; {mend}")
     unknown = sorted(set(saved["config"]) - {field.name for field in fields(MeteoraConfig)})
@@ -109,11 +109,19 @@ def read_gates(directory: Path) -> dict[str, Tensor]:
 
 def check_free_for_checkpoint(directory: str | Path) -> None:
     """Raise ``FileExistsError`` if ``directory`` holds something that a checkpoint must not take the place of."""
-    directory = Path(directory)
-    if directory.is_dir() and ((directory / MODEL_FILE).is_file() or not any(directory.iterdir())):
+    _check_free(Path(directory), MODEL_FILE, "a checkpoint")
+
+
+def check_free_for_adapter(directory: str | Path) -> None:
+    """Raise ``FileExistsError`` if ``directory`` holds something that an adapter must not take the place of."""
+    _check_free(Path(directory), CONFIG_FILE, "an adapter of PEFT")
+
+
+def _check_free(directory: Path, file: str, kind: str) -> None:
+    if directory.is_dir() and ((directory / file).is_file() or not any(directory.iterdir())):
         return
     if directory.exists():
-        raise FileExistsError(f"{directory} holds something else than a checkpoint; choose a new directory.")
+        raise FileExistsError(f"{directory} holds something else than {kind}; choose a new directory.")
 
 
 def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: bool) -> None:
@@ -121,20 +129,39 @@ def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: boo
     entries = []
     for n, adapter in enumerate(model.adapters):
         entry = {"name": adapter.name, "sha256": adapter.sha256}
+        _check_there(adapter)
         if copy_adapters:
             entry["directory"] = f"adapters/{n:03d}"  # numbered, because a name may hold what a file name may not
             _write_adapter(adapter, directory / entry["directory"])
         else:
+            _check_unchanged(adapter, adapter.directory / WEIGHTS_FILE)
             local = Path(adapter.source).expanduser()
             entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
         entries.append(entry)
     state = model.state
     config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits)
-    saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "warning": state.warning}
+    saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "untrained": sorted(state.untrained)}
     gates = {name: layer.gate.weight.detach().contiguous() for name, layer in model.layers.items()}
     save_file(gates, directory / GATES_FILE)
     (directory / MODEL_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     (directory / CARD_FILE).write_text(model_card(model), encoding="utf-8")
+
+
+def _check_there(adapter: Adapter) -> None:
+    for file in (CONFIG_FILE,) if adapter.in_memory else (CONFIG_FILE, WEIGHTS_FILE):
+        if not (adapter.directory / file).is_file():
+            raise AdapterError(
+                f"adapter {adapter.name!r}: {adapter.directory} has no {file} any more; put it back, or load the model "
+                "again from where the adapter lies now."
+            )
+
+
+def _check_unchanged(adapter: Adapter, weights: Path) -> None:
+    if file_sha256(weights) != adapter.sha256:
+        raise AdapterError(
+            f"adapter {adapter.name!r}: {adapter.directory / WEIGHTS_FILE} changed since it was loaded; "
+            "load the model again."
+        )
 
 
 def _write_adapter(adapter: Adapter, directory: Path) -> None:
@@ -144,11 +171,7 @@ def _write_adapter(adapter: Adapter, directory: Path) -> None:
         save_file(peft_tensors(adapter.modules), directory / WEIGHTS_FILE, metadata={"format": "pt"})
     else:
         shutil.copyfile(adapter.directory / WEIGHTS_FILE, directory / WEIGHTS_FILE)
-    if file_sha256(directory / WEIGHTS_FILE) != adapter.sha256:
-        raise AdapterError(
-            f"adapter {adapter.name!r}: {adapter.directory / WEIGHTS_FILE} changed since it was loaded; "
-            "load the model again."
-        )
+    _check_unchanged(adapter, directory / WEIGHTS_FILE)
 
 
 def upload(directory: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str) -> str:
@@ -179,7 +202,10 @@ def public_name(base_model: nn.Module) -> str:
 def model_card(model: MeteoraModel) -> str:
     """The card (README.md with the hub's YAML header) of a model: base, adapters, gates, and how to load it."""
     base, state = public_name(model.base_model), model.state
-    gates = "never trained: what they choose is arbitrary" if state.warning else "trained"
+    untrained = ", ".join(f"`{name}`" for name in model.adapter_names if name in state.untrained)
+    gates = f"trained, but not for {untrained}" if untrained else "trained"
+    if len(state.untrained) == len(model.adapters):
+        gates = "never trained: what they choose is arbitrary"
     if state.absolute_logits:
         gates = "not trained: their rows are prototypes of the adapters, as in Arrow (arXiv 2405.11157)"
     rows = "\n".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from meteora.backends import get_gated_mix, get_mix
 from meteora.backends.own import mix_own
 from meteora.gating import Routing, forced, gate_logits, route
 from meteora.kernels.packing import pack
-from meteora.siblings import Siblings
+from meteora.siblings import Siblings, state_of
 from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,19 @@ class MixtureState:
     own: Tensor | None = None  # (samples, tokens, N) one-hot: adapters of one rank are trained, each on its own tokens
     trace: Trace | None = None
     gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
-    warning: str | None = None  # said once, when untrained gates choose; None once they are trained
+    adapters: list[str] = field(default_factory=list)  # the names of all
+    untrained: set[str] = field(default_factory=set)  # of them, whose rows of the gates no training has seen
     warned: bool = False
+
+    @property
+    def warning(self) -> str | None:
+        """Said once, when untrained gates choose."""
+        names = ", ".join(repr(name) for name in self.adapters if name in self.untrained)
+        if not names:
+            return None
+        if len(self.untrained) == len(self.adapters):
+            return f"the gates were never trained, so the choice among {names} is arbitrary; call train_gates."
+        return f"the gates were never trained for {names}; call train_gates on data that includes it."
 
     @property
     def watched(self) -> bool:
@@ -89,7 +100,7 @@ class MeteoraLinear(nn.Module):
         name: the layer's dotted name in its model, for the trace.
 
     Attributes:
-        base_layer, gate: ``nn.Linear(in, N, bias=False)``, float32, zero until trained.
+        base_layer, gate: ``nn.Linear(in, N, bias=False)``, zero until trained; float32, to whatever the rest is cast.
         lora_A (R, in), lora_B (out, R): all adapters' weights, R the sum of their ranks; scaling is folded into B.
         column_adapter (R,): the adapter that owns each of the R.
         ranks: the same as (adapter, rank) pairs in their order, for whoever must not wait for a GPU.
@@ -126,8 +137,7 @@ class MeteoraLinear(nn.Module):
         self.register_buffer("column_adapter", torch.cat(owner).to(device), persistent=False)
         self.siblings: Siblings | None = None
         self.widest = self.out_features
-        self._packed: Tensor | None = None
-        self._packed_from: tuple | None = None
+        self.forget_packed()
 
     @property
     def weight(self) -> Tensor:
@@ -157,7 +167,15 @@ class MeteoraLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> MeteoraLinear:  # moves and converts
         self.forget_packed()
-        return super()._apply(fn, recurse)
+        before = self.gate.weight.detach()
+        super()._apply(fn, recurse)
+        # A gate of 16 bits flips close decisions, and in float16 AdamW's epsilon is 0: one step, and all is NaN.
+        weight = self.gate.weight
+        if weight.dtype != torch.float32:
+            weight.data = before.to(weight.device, torch.float32)
+            if weight.grad is not None:
+                weight.grad = weight.grad.float()
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -174,7 +192,8 @@ class MeteoraLinear(nn.Module):
         state, device = self.state, y.device.type
         if not state.enabled:
             return y
-        A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
+        lora_A = self.lora_A
+        A, B = lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         if state.own is not None:
             with torch.autocast(device, enabled=False):
                 return mix_own(y, x.to(y.dtype), A, B, state.own.to(y.dtype))
@@ -186,8 +205,9 @@ class MeteoraLinear(nn.Module):
         with torch.autocast(device, enabled=False):
             if gated_mix is not None:
                 self.warn_once()
-                options = {"absolute": state.absolute_logits, "packed": self.packed_weights(A), "widest": self.widest}
                 gate, owner = self.gate.weight, self.column_adapter
+                packed = self.packed_weights(lora_A, gate, A.dtype)
+                options = {"absolute": state.absolute_logits, "packed": packed, "widest": self.widest}
                 mixed = gated_mix(flat, tokens, A, B, gate, owner, state.top_k, state.temperature, **options)
             else:
                 routing = self._routing(x, tokens)
@@ -216,27 +236,33 @@ class MeteoraLinear(nn.Module):
         trained = state.absolute_logits and torch.is_grad_enabled()
         return not state.watched and not trained and x.dtype == y.dtype
 
-    def packed_weights(self, A: Tensor) -> Tensor | None:
+    def packed_weights(self, lora_A: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor | None:
         """What a fused backend multiplies x with, kept as long as the weights stay; ``None``: to be made in each call.
 
         The kept tensor holds A's values, so ``lora_A`` becomes a view of it and nothing is stored twice. Whether the
-        weights stay is seen by their version: not by a compiled graph, and not where torch leaves the version as it is
-        (writes through ``.data``; fused optimisers on a CPU). Whoever writes so calls :meth:`forget_packed`.
+        weights stay is seen by their version, which torch leaves as it is when something is written through ``.data``,
+        and by fused optimisers; a compiled graph does not look. So whatever is kept is forgotten in a pass that may
+        train them; whoever writes to them otherwise calls :meth:`forget_packed`.
+
+        Args:
+            lora_A, gate: this layer's. Each access to a module's parameter is a call, so they are not asked for again.
         """
-        weights = (self.lora_A, self.gate.weight)
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        if torch.is_grad_enabled() and (lora_A.requires_grad or gate.requires_grad):
+            self.forget_packed()
             return None
         if torch.compiler.is_compiling():
-            return self._packed
-        if self._packed is None or self._packed_from != self._state_of(weights, A.dtype):
+            return self._packed if self._packed is not None and self._packed.dtype == dtype else None
+        if self._packed is None or self._packed_from != (dtype, *state_of(lora_A, gate)):
+            if lora_A.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None  # it would be made in each replay, in memory that is the graph's
             # An ordinary tensor even if this call is inference alone: what lora_A becomes may be trained through later.
             with torch.inference_mode(False), torch.no_grad():
-                self.hold_packed(pack(A, self.gate.weight))
+                self.hold_packed(pack(lora_A.to(dtype), gate))
         return self._packed
 
     def forget_packed(self) -> None:
-        """The weights are others: what was packed of them counts no more."""
-        self._packed = self._packed_from = None
+        """The weights are others, or may be: what was packed of them counts no more."""
+        self._packed = self._packed_from = self._held = None
 
     def hold_packed(self, packed: Tensor) -> None:
         """Keep what was packed of the weights as they are, (C, in)."""
@@ -244,21 +270,17 @@ class MeteoraLinear(nn.Module):
         # A parameter that was made under inference mode stays as it is: it can be no view of an ordinary tensor.
         if packed.dtype == self.lora_A.dtype and not self.lora_A.is_inference():
             self.lora_A.data = packed[: len(self.lora_A)]
-        self._packed_from = self._state_of((self.lora_A, self.gate.weight), packed.dtype)
+        weights = (self.lora_A, self.gate.weight)
+        self._packed_from = (packed.dtype, *state_of(*weights))
+        self._held = [weight.detach() for weight in weights]  # so that no other tensor can come to lie where they do
 
-    def state_of_weights(self) -> tuple:
-        """Differs whenever anything was replaced, moved or written to that an output is computed with."""
-        weights = (self.lora_A, self.lora_B, self.gate.weight, self.weight, self.bias)
-        return self._state_of([weight for weight in weights if weight is not None], self.lora_A.dtype)
-
-    @staticmethod
-    def _state_of(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple:
-        """Differs whenever one of the weights was replaced, moved or written to."""
-        versions = (0 if weight.is_inference() else weight._version for weight in weights)
-        return dtype, *versions, *(weight.data_ptr() for weight in weights)
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """All that an output is computed with: lora_A, lora_B, the gate's weight, the base layer's weight and bias."""
+        base = self.base_layer
+        return self.lora_A, self.lora_B, self.gate.weight, base.weight, base.bias
 
     def warn_once(self) -> None:
-        if self.state.warning is not None and not self.state.warned:
+        if self.state.untrained and not self.state.warned and not torch.compiler.is_compiling():
             logger.warning(self.state.warning)
             self.state.warned = True
 

@@ -6,12 +6,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteora.adapters import Adapter, AdapterError, list_adapters, load_adapter
 from meteora.arrow import set_prototypes
@@ -54,16 +58,18 @@ class MeteoraModel(nn.Module):
 
     def __init__(self, base_model: nn.Module, adapters: Sequence[Adapter], config: MeteoraConfig) -> None:
         super().__init__()
+        if not isinstance(config, MeteoraConfig):
+            raise ValueError(f"config must be a MeteoraConfig, not a {type(config).__name__}.")
         _check_untouched(base_model)
         self.base_model = base_model
         self._adapters = list(adapters)
-        names = ", ".join(repr(a.name) for a in adapters)
         self.state = MixtureState(
             top_k=min(2, len(adapters)) if config.top_k is None else check_top_k(config.top_k, len(adapters)),
             temperature=config.temperature,
             backend=config.backend,
             absolute_logits=config.absolute_logits,
-            warning=f"the gates were never trained, so the choice among {names} is arbitrary; call train_gates.",
+            adapters=self.adapter_names,
+            untrained=set(self.adapter_names),
         )
         get_mix(config.backend)
         for adapter in self._adapters:
@@ -72,6 +78,7 @@ class MeteoraModel(nn.Module):
         self._was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
         self.layers: dict[str, MeteoraLinear] = {}
+        self._recomputed: list[nn.Module] = []  # the decoder layers, while their activations are
         for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
             self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
         link_siblings(self.layers)
@@ -110,7 +117,7 @@ class MeteoraModel(nn.Module):
         model = cls(_load_base(base_model), loaded, config)
         if gates == "arrow":
             set_prototypes(model.layers.values())
-            model.state.warning = None
+            model.state.untrained.clear()
         return model
 
     @classmethod
@@ -130,7 +137,7 @@ class MeteoraModel(nn.Module):
         gates = read_gates(directory)
         model = cls(_load_base(base_model), adapters, MeteoraConfig(**saved["config"]))
         model._set_gates(gates, directory)
-        model.state.warning = saved["warning"]
+        model.state.untrained = set(saved["untrained"])
         return model
 
     @classmethod
@@ -155,7 +162,7 @@ class MeteoraModel(nn.Module):
         changed, gates = read_authors_checkpoint(file, loaded)
         model = cls(_load_base(base_model), changed, config or MeteoraConfig())
         model._set_gates(gates, file)
-        model.state.warning = None
+        model.state.untrained.clear()
         return model
 
     def save_pretrained(self, directory: str | Path, *, copy_adapters: bool = True) -> None:
@@ -166,7 +173,7 @@ class MeteoraModel(nn.Module):
 
         Raises:
             FileExistsError: if the directory holds something else than a checkpoint.
-            AdapterError: if an adapter's file changed since it was loaded.
+            AdapterError: if an adapter's file is gone, or changed since it was loaded.
         """
         check_free_for_checkpoint(directory)
         target = Path(directory).resolve()
@@ -221,8 +228,9 @@ class MeteoraModel(nn.Module):
     def add_adapter(self, name: str, source: str | Path) -> None:
         """Add one adapter behind the others; their choices among themselves stay as they are.
 
-        Its gate rows are zero until trained: ``train_gates`` on data that includes its task. Where the gates are
-        Arrow's, its rows are too, and nothing is left to train.
+        Its gate rows are zero until trained, by ``train_gates`` on data that includes its task; until then tokens choose
+        it wherever that is more than the other rows have for them. Where the gates are Arrow's, its rows are too, and
+        nothing is left to train.
         """
         if name in self.adapter_names:
             raise AdapterError(f"there is an adapter {name!r} already; choose another name.")
@@ -236,10 +244,11 @@ class MeteoraModel(nn.Module):
             self._wrap(module, {index: adapter.modules[module]})
         link_siblings(self.layers)
         self._adapters[index] = _without_weights(adapter)
+        self.state.adapters = self.adapter_names
         if self.state.absolute_logits:
             set_prototypes(self.layers.values())
             return
-        self.state.warning = f"the gates were never trained for {name!r}; call train_gates on data that includes it."
+        self.state.untrained.add(name)
         self.state.warned = False
 
     def _wrap(self, module: str, weights: dict) -> None:
@@ -299,6 +308,33 @@ class MeteoraModel(nn.Module):
         super().train(mode)
         self.base_model.eval()
         return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
+        """Recompute every decoder layer in the backward pass, instead of keeping what it needs.
+
+        transformers' own switch works in training mode only, in which the base model never is. The arguments are those
+        of ``torch.utils.checkpoint``, always without re-entering: nothing below the first gate has a gradient.
+        """
+        layers = [module for module in self.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"{type(self.base_model).__name__} has no layers to checkpoint; set gradient_checkpointing=False."
+            )
+        options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, **options)
+        self._recomputed = layers
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep again what :meth:`gradient_checkpointing_enable` let go."""
+        for layer in self._recomputed:
+            del layer.forward
+        self._recomputed = []
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(self._recomputed)
 
     def forward(self, *args, **kwargs):
         """The base model's forward and output; its ``loss`` is the language-modelling loss alone."""
@@ -413,6 +449,11 @@ def _check_untouched(base_model: nn.Module) -> None:
     for name, module in base_model.named_modules():
         if isinstance(module, MeteoraLinear):
             raise AdapterError(f"the base model carries adapters already (at {name!r}); load it afresh.")
+        if isinstance(module, BaseTunerLayer):
+            raise AdapterError(
+                f"the base model carries adapters of PEFT (at {name!r}); unload them (`base = model.unload()`), and give "
+                "their directory instead."
+            )
 
 
 def _in_model_order(base_model: nn.Module, modules: set[str]) -> list[str]:

@@ -51,18 +51,29 @@ def _alike(one: MeteoraLinear, other: MeteoraLinear) -> bool:
     )
 
 
+def state_of(*weights: Tensor | None) -> tuple[int, ...]:
+    """Differs whenever one of the weights was replaced, moved or written to."""
+    state = []
+    for weight in weights:
+        if weight is not None:
+            state += (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    return tuple(state)
+
+
 @dataclass(frozen=True)
 class _Ready:
     """Outputs that wait for their layers to be called with ``x``."""
 
     x: weakref.ref[Tensor]
     circumstances: tuple
-    outputs: dict[MeteoraLinear, tuple[tuple, Tensor]]  # and the state of the weights that they were computed with
+    outputs: dict[MeteoraLinear, Tensor]
+    states: dict[MeteoraLinear, tuple]  # of the weights that they were computed with
 
     def take(self, layer: MeteoraLinear, x: Tensor, circumstances: tuple) -> Tensor | None:
-        state, y = self.outputs.pop(layer, (None, None))
-        same = self.x() is x and self.circumstances == circumstances and state == layer.state_of_weights()
-        return y if same else None
+        y = self.outputs.pop(layer, None)
+        if y is None or self.x() is not x or self.circumstances != circumstances:
+            return None
+        return y if self.states[layer] == state_of(*layer.weights()) else None
 
 
 class Siblings:
@@ -93,14 +104,15 @@ class Siblings:
 
     def output(self, layer: MeteoraLinear, x: Tensor) -> Tensor | None:
         """What ``layer`` makes of x (..., in); ``None`` if it has to see to that itself."""
-        state = layer.state
+        state, layers = layer.state, self.layers
         # A replica that nn.DataParallel makes of a layer has the layer's siblings, and is none of them.
-        if self.apart or layer not in self.layers or not self._nobody_watches(x, state):
+        if self.apart or layer not in layers or not self._nobody_watches(x, state):
             return None
         thread, circumstances = threading.get_ident(), _circumstances(x, state)
         ready = self._ready.pop(thread, None)
         if ready is None:
-            return self._compute(layer, x, thread, circumstances) if self._fit(layer, x) else None
+            fit = self._fit(layer, x) and all(map(_plain, layers))
+            return self._compute(layer, layers, x, thread, circumstances) if fit else None
         y = ready.take(layer, x, circumstances)
         self.apart = y is None
         if ready.outputs and not self.apart:
@@ -118,48 +130,69 @@ class Siblings:
         )
 
     def _fit(self, layer: MeteoraLinear, x: Tensor) -> bool:
-        """Whether the kernels take x and the layers as they are."""
+        """Whether the kernels take x as it is, and as many tokens together."""
         return (
             get_gated_mix(layer.state.backend, x.device.type) is not None
             and x.is_contiguous()
             and x.numel() > 0
-            and all(_plain(sibling, x.dtype) for sibling in self.layers)
+            and x.shape[-1] == layer.in_features  # or the base layer will say so, before a kernel has read too far
             and triton.for_siblings(x.numel() // layer.in_features, layer.column_adapter, layer.state.top_k)
         )
 
-    def _compute(self, layer: MeteoraLinear, x: Tensor, thread: int, circumstances: tuple) -> Tensor:
-        """The output of ``layer``; those of the others get ready."""
+    def _compute(
+        self, layer: MeteoraLinear, layers: list[MeteoraLinear], x: Tensor, thread: int, circumstances: tuple
+    ) -> Tensor | None:
+        """The output of ``layer``, and those of the others get ready; ``None`` if the kernels do not take the weights."""
+        # Asked for once: each access to a module's parameter is a call, and a decoding step is as long as such calls.
+        weights = [sibling.weights() for sibling in layers]
+        first_A, _, first_gate, *_ = weights[0]
+        for lora_A, lora_B, gate, *_ in weights:
+            # An adapter may have been added to some of the layers alone.
+            same = lora_A.shape == first_A.shape and gate.shape == first_gate.shape
+            if not (same and lora_A.dtype == lora_B.dtype == x.dtype):
+                return None
+        packed = self._packed_weights(layers, weights)
+        if packed is None:
+            return None
         layer.warn_once()
-        layers, state = self.layers, layer.state
+        state = layer.state
         ys = triton.gated_mixes(
             lambda: [sibling.base_layer(x).view(-1, sibling.out_features) for sibling in layers],
             x.view(-1, x.shape[-1]),
-            self._packed_weights(layers),
-            [sibling.lora_B for sibling in layers],
+            packed,
+            [lora_B for _, lora_B, *_ in weights],
             layer.column_adapter,
-            layer.gate.out_features,
+            len(first_gate),
             state.top_k,
             state.temperature,
             absolute=state.absolute_logits,
         )
-        outputs = {
-            sibling: (sibling.state_of_weights(), y.view(*x.shape[:-1], -1))
-            for sibling, y in zip(layers, ys, strict=True)
-        }
-        _, result = outputs.pop(layer)
+        outputs = {sibling: y.view(*x.shape[:-1], -1) for sibling, y in zip(layers, ys, strict=True)}
+        result = outputs.pop(layer)
         if outputs:
+            # Not before now, as packing moves the weights.
+            states = {sibling: state_of(*own) for sibling, own in zip(layers, weights, strict=True) if sibling in outputs}
             # Nothing outlives x: should it go before all are taken, some layer was not called.
-            self._ready[thread] = _Ready(weakref.ref(x, partial(self._forget, thread)), circumstances, outputs)
+            self._ready[thread] = _Ready(weakref.ref(x, partial(self._forget, thread)), circumstances, outputs, states)
         return result
 
     def _forget(self, thread: int, _: weakref.ref) -> None:
         self._ready.pop(thread, None)
         self.apart = True
 
-    def _packed_weights(self, layers: list[MeteoraLinear]) -> Tensor:
-        """The layers' packed weights one below the other, (n * C, in). Each layer then holds a view of them."""
-        parts = [layer.packed_weights(layer.lora_A) for layer in layers]
+    def _packed_weights(self, layers: list[MeteoraLinear], weights: list[tuple]) -> Tensor | None:
+        """The layers' packed weights one below the other, (n * C, in). Each layer then holds a view of them.
+
+        ``None`` if they would have to be made while a CUDA graph is captured.
+        """
+        parts = [
+            layer.packed_weights(lora_A, gate, lora_A.dtype)
+            for layer, (lora_A, _, gate, *_) in zip(layers, weights, strict=True)
+        ]
         if len(self._parts) != len(parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+            capturing = weights[0][0].is_cuda and torch.cuda.is_current_stream_capturing()
+            if capturing or any(part is None for part in parts):
+                return None
             with torch.inference_mode(False), torch.no_grad():
                 self._packed = torch.cat(parts)
                 self._parts = list(self._packed.chunk(len(parts)))
@@ -175,8 +208,8 @@ def _circumstances(x: Tensor, state: MixtureState) -> tuple:
     return version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
 
 
-def _plain(layer: MeteoraLinear, dtype: torch.dtype) -> bool:
-    """Whether nothing but its sum comes of the base layer, which may then be called before its turn; of one dtype."""
+def _plain(layer: MeteoraLinear) -> bool:
+    """Whether nothing but its sum comes of the base layer, which may then be called before its turn."""
     base = layer.base_layer
     hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)  # accelerate's are of that kind
-    return type(base) is nn.Linear and not hooked and layer.lora_A.dtype == layer.lora_B.dtype == dtype
+    return type(base) is nn.Linear and not hooked

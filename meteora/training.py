@@ -7,13 +7,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from meteora.attention import one_row_of
 from meteora.batches import IGNORE, Batch, Sample, by_task, encode
@@ -58,6 +55,10 @@ def train_gates(
         no use for it. The steps of a second stage (``config.first``) are counted on.
     """
     config = config or GateTrainingConfig()
+    if not isinstance(config, GateTrainingConfig):
+        raise ValueError(f"config must be a GateTrainingConfig, not a {type(config).__name__}.")
+    if not model.state.enabled:
+        raise ValueError("the adapters are disabled, so the gates see nothing; leave disable_adapters() first.")
     if output_dir is not None:
         check_free_for_checkpoint(output_dir)
     stages = samples_of_stages(model, dataset, config, tokenizer)  # bad rows are told before anything is trained
@@ -70,9 +71,7 @@ def train_gates(
         found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not config)
         done = len(history)
         history += [{**row, "step": done + row["step"]} for row in found]
-    model.state.warning = None
-    for layer in model.layers.values():
-        layer.forget_packed()  # a model that is compiled next would not see that the gates are others
+    model.state.untrained -= {model.adapter_names[task] for task in _tasks_of(stages)}
     accelerator = runs[-1].accelerator
     if output_dir is not None and accelerator.is_main_process:
         model.save_pretrained(output_dir)
@@ -89,6 +88,11 @@ def samples_of_stages(
     rows, numbers = list(dataset), {name: n for n, name in enumerate(model.adapter_names)}
     encoded = functools.cache(lambda length: by_task(encode(rows, numbers, tokenizer, length)))
     return [(stage, encoded(stage.max_length)) for stage in config.stages()]
+
+
+def _tasks_of(stages: Iterable[tuple[GateTrainingConfig, Mapping[int, Sequence[Sample]]]]) -> set[int]:
+    """Every task that some token of the samples belongs to."""
+    return {task for _, groups in stages for samples in groups.values() for sample in samples for task in sample.tasks}
 
 
 @torch.no_grad()
@@ -249,19 +253,11 @@ def _observed(model: MeteoraModel, observer: _GateLoss) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: MeteoraModel, wanted: bool) -> Iterator[None]:
-    """Recompute every decoder layer in the backward pass.
-
-    transformers' own switch works in training mode only, in which many models drop out.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
-    if wanted and not layers:
-        raise ValueError(
-            f"{type(model.base_model).__name__} has no layers to checkpoint; set gradient_checkpointing=False."
-        )
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    """Recompute every decoder layer in the backward pass, or keep what it needs, whatever the model does otherwise."""
+    before = model.is_gradient_checkpointing
+    switches = {True: model.gradient_checkpointing_enable, False: model.gradient_checkpointing_disable}
+    switches[wanted]()
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        switches[before]()

@@ -70,7 +70,7 @@ class TrainingRun:
         self.longest = max(len(sample.ids) for samples in parts for sample in samples)
         self._checkpoint = None
         if output_dir is not None:
-            output_dir = Path(output_dir)
+            output_dir = Path(output_dir).absolute()  # "." has no name that a file beside it could be called by
             output_dir.parent.mkdir(parents=True, exist_ok=True)
             self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished{stage or ''}.pt")
         self._identity = _identity(config, [groups, held_out or {}], model)

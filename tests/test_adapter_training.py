@@ -122,12 +122,49 @@ def test_bad_input_is_named(core, train, tiny_llama, tmp_path):
     call = {"tokenizer": core.Tokenizer(), "output_dir": tmp_path}
     with pytest.raises(ValueError, match="no datasets given"):
         train_adapters(tiny_llama, {}, **call)
-    with pytest.raises(ValueError, match="the dataset of 'two' is empty"):
+    with pytest.raises(ValueError, match="dataset 'two': the dataset is empty"):
         train_adapters(tiny_llama, {"one": core.rows(("one",)), "two": []}, **call)
+    with pytest.raises(ValueError, match="dataset 'one': the dataset is empty"):
+        train_adapters(tiny_llama, {"one": []}, **call)
+    with pytest.raises(ValueError, match="dataset 'two': row 1 of the dataset is a str; .* a list of rows"):
+        train_adapters(tiny_llama, {"one": core.rows(("one",)), "two": [*core.rows(("two",), 1), "text"]}, **call)
     with pytest.raises(ValueError, match="validation data for 'two'"):
         train_adapters(tiny_llama, {"one": core.rows(("one",))}, validation={"two": []}, **call)
     with pytest.raises(ValueError, match="target_modules names 'c_attn'"):
         train(target_modules=("q_proj", "c_attn"))
+
+
+def everything_in(folder):
+    return {path.relative_to(folder): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["", 3])
+def test_a_name_that_is_none_replaces_nothing(core, tiny_llama, tmp_path, name):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"an adapter's name must be a non-empty string, not {name!r}"):
+        train_adapters(tiny_llama, {name: core.rows(("one",))}, tokenizer=core.Tokenizer(), output_dir=tmp_path)
+    assert list(everything_in(tmp_path).values()) == ["mine"]
+
+
+def test_only_an_adapter_or_an_empty_folder_is_replaced(core, train, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "two" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out/two holds something else than an adapter of PEFT; choose a new"):
+        train()
+    assert list(everything_in(tmp_path).values()) == ["mine"]  # nor was anything trained
+    (tmp_path / "out" / "two" / "notes.txt").unlink()
+    train(max_steps=1)
+    train(max_steps=1)
+
+
+def test_the_working_directory_may_be_the_output(core, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = {"tokenizer": core.Tokenizer(), "output_dir": "."}
+    train_adapters(tiny_llama, {"one": core.rows(("one",))}, AdapterTrainingConfig(max_steps=1), **options)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")) == ["here/one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [4096, 128])

@@ -200,7 +200,19 @@ def test_a_folder_lists_what_is_complete(mixed_adapters, tmp_path):
     assert list(list_adapters(tmp_path)) == ["a", "b"]
 
 
-@pytest.mark.parametrize("given", [{}, {"": "x"}, {3: "x"}])
+def test_two_folders_of_one_name_are_refused(mixed_adapters, tmp_path):
+    for name in ("a b", "a%20b"):
+        shutil.copytree(mixed_adapters["one"], tmp_path / name)
+    with pytest.raises(AdapterError, match="two folders for an adapter 'a b', 'a b' and 'a%20b'; rename one"):
+        list_adapters(tmp_path)
+
+
+def test_what_is_neither_a_dict_nor_a_folder_is_refused(tiny_llama, mixed_adapters):
+    with pytest.raises(AdapterError, match="a dict name -> directory or hub id, or one folder .* not a list"):
+        MeteoraModel.from_adapters(tiny_llama, list(mixed_adapters.values()))
+
+
+@pytest.mark.parametrize("given", [{}, [], {"": "x"}, {3: "x"}])
 def test_no_adapters_and_no_names_are_refused(given):
     with pytest.raises(AdapterError, match="no adapters given|non-empty string"):
         list_adapters(given)

@@ -34,6 +34,9 @@ def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(co
     ("rows", "message"),
     [
         ([], "the dataset is empty"),
+        (["a text"], "row 0 of the dataset is a str; the dataset must be a list of rows, each a dict with prompt, "),
+        ({"one": [{"prompt": "a", "response": "b"}]}, "row 0 of the dataset is a str; .* must be a list of rows"),
+        ([{"task": "one", "prompt": "a", "response": ""}, None], "row 1 of the dataset is a NoneType"),
         ([{"task": "one", "prompt": "a"}], "row 0 of the dataset has no 'response'"),
         ([{"segments": [{"task": "one"}]}], "row 0 of the dataset has no 'text'; each needs text, task"),
         ([{"task": "one", "prompt": "a", "response": None}], "row 0 of the dataset has response=None, which must be a"),

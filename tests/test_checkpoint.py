@@ -38,7 +38,7 @@ def test_a_checkpoint_restores_everything(core, model, base, tmp_path, copy_adap
     model.set_top_k(3)
     model.set_temperature(7.5)
     model.set_backend("loop")
-    model.state.warning = None
+    model.state.untrained.clear()
     model.save_pretrained(tmp_path / "m", copy_adapters=copy_adapters)
     assert (tmp_path / "m" / "adapters").exists() == copy_adapters
     assert not list((tmp_path / "m").rglob("*.bin")) and not list((tmp_path / "m").rglob("*.pt"))
@@ -102,9 +102,21 @@ def test_a_changed_adapter_is_refused(model, base, mixed_adapters, tmp_path):
         AdapterError, match="'one' .*is not the one the gates .*sha256 is [0-9a-f]{64}, .*says [0-9a-f]{64}"
     ):
         MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
-    with pytest.raises(AdapterError, match="'one'.*changed since it was loaded"):
-        mine.save_pretrained(tmp_path / "m2")
-    assert not (tmp_path / "m2").exists()
+    for copy_adapters in (True, False):
+        with pytest.raises(AdapterError, match="'one'.*changed since it was loaded"):
+            mine.save_pretrained(tmp_path / "m2", copy_adapters=copy_adapters)
+        assert not (tmp_path / "m2").exists()
+
+
+@pytest.mark.parametrize("copy_adapters", [True, False])
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_gone_is_named(base, mixed_adapters, tmp_path, file, copy_adapters):
+    source = Path(shutil.copytree(mixed_adapters["one"], tmp_path / "source"))
+    model = MeteoraModel.from_adapters(base, {"mine": source})
+    (source / file).unlink()
+    with pytest.raises(AdapterError, match=f"'mine': {source} has no {file} any more; put it back, or load") as error:
+        model.save_pretrained(tmp_path / "m", copy_adapters=copy_adapters)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_broken_checkpoints_are_named(model, base, tmp_path):
@@ -144,7 +156,7 @@ def test_broken_checkpoints_are_named(model, base, tmp_path):
     [
         (lambda saved: saved.pop("adapters"), "has no usable 'adapters'"),
         (lambda saved: saved.pop("config"), "has no usable 'config'"),
-        (lambda saved: saved.pop("warning"), "has no usable 'warning'"),
+        (lambda saved: saved.pop("untrained"), "has no usable 'untrained'"),
         (lambda saved: saved.update(adapters=None), "has no usable 'adapters'"),
         (lambda saved: saved["adapters"].append("one"), "has no usable 'name' of adapter 4"),
         (lambda saved: saved["adapters"][1].pop("name"), "has no usable 'name' of adapter 1"),
@@ -174,7 +186,7 @@ def test_a_setting_of_another_version_is_named(model, base, tmp_path):
 
 
 def test_the_card_says_what_is_inside(model, base, tmp_path):
-    model.state.warning = None
+    model.state.untrained.clear()
     model.base_model.config._name_or_path = "me/tiny: a 'test'"
     model.save_pretrained(tmp_path / "m")
     _, header, body = (tmp_path / "m" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
@@ -187,7 +199,9 @@ def test_the_card_says_what_is_inside(model, base, tmp_path):
     assert "| `one` | 4: 14 |" in body and "| `four` | 4: 2, 6: 1 |" in body
     code = body.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    model.state.warning = "never trained"
+    model.state.untrained = {"one", "four"}
+    assert "The gates are trained, but not for `one`, `four`." in checkpoint.model_card(model)
+    model.state.untrained = set(model.adapter_names)
     assert "never trained: what they choose is arbitrary" in checkpoint.model_card(model)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from meteora import MeteoraLinear
 from meteora.adapters import LoraWeights
+from meteora.kernels.segments import segments
 from meteora.layer import ForcedAdapters, MixtureState
 
 PLAIN = ["loop", "bmm", "dense"]  # in plain torch, and so in any dtype
@@ -190,6 +191,14 @@ def test_triton_refuses_what_it_would_compute_wrongly():
         layer, _ = make_layer([2, 4], backend="triton", dtype=dtype)
         with pytest.raises(ValueError, match=match):
             layer(torch.randn(3, 6, dtype=dtype))
+
+
+@interpreted
+def test_triton_refuses_more_adapters_than_a_program_holds():
+    layer, _ = make_layer([1] * 1100, features=4, out=3, backend="triton", top_k=1)
+    with pytest.raises(ValueError, match="chooses among 1024 adapters at most, not 1100; use 'dense'"), torch.no_grad():
+        layer(torch.randn(2, 4))
+    assert segments(layer.column_adapter) is None
 
 
 @interpreted

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -212,7 +213,7 @@ def test_the_warning_about_untrained_gates_comes_once(core, base, mixed_adapters
     again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
     logits(again, core.tokens())
     assert said("never trained") == 1
-    again.state.warning = None
+    again.state.untrained.clear()
     again.add_adapter("late", mixed_adapters["one"])
     logits(again, core.tokens())
     assert said("never trained for 'late'") == 1
@@ -238,6 +239,48 @@ def test_train_adds_no_noise(core, tiny_llama, mixed_adapters):
     assert torch.equal(logits(model, core.tokens()), logits(model, core.tokens()))
     result = logits(model.eval(), core.tokens())
     assert torch.equal(logits(model.train(), core.tokens()), result) and model.training
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_gates_stay_float32_whatever_the_rest_becomes(core, model, convert):
+    before = {name: layer.gate.weight.clone() for name, layer in model.layers.items()}
+    model(input_ids=core.tokens()).logits.sum().backward()
+    convert(model)
+    for name, layer in model.layers.items():
+        gate = layer.gate.weight
+        assert gate.dtype == gate.grad.dtype == torch.float32 and gate.requires_grad
+        assert torch.equal(gate, before[name]) and layer.lora_A.dtype == layer.weight.dtype != torch.float32
+    assert logits(model, core.tokens()).isfinite().all()
+
+
+def test_gradient_checkpointing_in_a_training_loop_of_ones_own(core, model):
+    def gradient():
+        calls.clear()
+        model.zero_grad()
+        model(input_ids=core.tokens(), labels=core.tokens()).loss.backward()
+        return len(calls), [layer.gate.weight.grad for layer in model.layers.values()]
+
+    calls = []
+    model.layers["model.layers.0.mlp.up_proj"].register_forward_hook(lambda *args: calls.append(1))
+    model.train()
+    once, expected = gradient()
+    for _ in range(2):  # to ask twice is to ask once
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    twice, found = gradient()
+    assert (once, twice) == (1, 2) and model.is_gradient_checkpointing
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+    model.gradient_checkpointing_disable()
+    assert gradient()[0] == 1 and not model.is_gradient_checkpointing
+
+
+def test_what_is_no_config_or_carries_pefts_adapters_is_refused(base, mixed_adapters):
+    with pytest.raises(ValueError, match="config must be a MeteoraConfig, not a dict"):
+        MeteoraModel.from_adapters(base, mixed_adapters, {"top_k": 2})
+    tuned = PeftModel.from_pretrained(copy.deepcopy(base), mixed_adapters["one"])
+    for model in (tuned, tuned.get_base_model()):
+        with pytest.raises(AdapterError, match="carries adapters of PEFT .* unload"):
+            MeteoraModel.from_adapters(model, mixed_adapters)
 
 
 def test_unload_gives_the_base_model_back(core, base, mixed_adapters):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
+from meteora.adapters import LoraWeights
 from meteora.kernels import decode, ops
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -31,7 +32,7 @@ def calls(monkeypatch):
 def model(core, tiny_llama, tmp_path):
     paths = {name: core.make_adapter(tmp_path / name, tiny_llama, r=3, seed=n) for n, name in enumerate("abc")}
     model = MeteoraModel.from_adapters(tiny_llama, paths, MeteoraConfig(top_k=2, backend="triton"))
-    model.state.warning = None  # nothing that a compiler could follow
+    model.state.untrained.clear()  # nothing that a compiler could follow
     return core.randomize_gates(model, std=0.3)
 
 
@@ -194,6 +195,66 @@ def test_weights_that_change_between_passes(model, core):
         assert layer.lora_A.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr(), "A is kept twice"
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_training_loop_of_ones_own_is_seen(model, core, fused):
+    """Also where the optimiser does not tell that it wrote, and by a graph, which does not look."""
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.AdamW([layer.gate.weight for layer in model.layers.values()], lr=0.3, fused=fused)
+    for _ in range(2):
+        model(input_ids=core.tokens()).logits.square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            found = model(input_ids=core.tokens()).logits, compiled(input_ids=core.tokens()).logits
+            expected = separate(model).to("cpu")(input_ids=core.tokens()).logits  # moved: nothing is kept
+        assert torch.equal(found[0], expected)
+        torch.testing.assert_close(found[1], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace", [lambda gate, new: setattr(gate, "weight", nn.Parameter(new)),
+                                     lambda gate, new: setattr(gate.weight, "data", new)])  # fmt: skip
+def test_weights_that_come_to_lie_where_others_did_are_seen(model, replace):
+    layer = attention(model).o_proj
+    x = torch.randn(1, 3, 32)
+    for _ in range(20):
+        layer(x)
+        for _ in range(2):
+            replace(layer.gate, torch.randn_like(layer.gate.weight))
+        found = layer(x)
+        layer.forget_packed()
+        assert torch.equal(found, layer(x))
+
+
+@torch.no_grad()
+def test_an_adapter_in_some_of_the_siblings_alone(model, core):
+    block = attention(model)
+    x = torch.randn(1, 3, 32)
+    weights = LoraWeights(torch.randn(3, 32), torch.randn(block.k_proj.out_features, 3), 1.0)
+    block.k_proj.add_adapter(weights)
+    block.k_proj.gate.weight[-1] = 1.0
+    found = [layer(x) for layer in (block.q_proj, block.k_proj, block.v_proj)]
+    for layer in (block.q_proj, block.k_proj, block.v_proj):
+        layer.siblings = None
+    assert all(map(torch.equal, found, [layer(x) for layer in (block.q_proj, block.k_proj, block.v_proj)]))
+
+
+@torch.no_grad()
+def test_an_input_of_another_width_is_the_base_layers_to_refuse(model, calls):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        attention(model).q_proj(torch.randn(1, 3, 48))
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_graph_of_another_type_packs_its_own(model, core):
+    """What the same model kept in 32 bits is of no use to its layers that autocast gives 16."""
+    model(input_ids=core.tokens())
+    with torch.autocast("cpu", torch.float16):
+        expected = model(input_ids=core.tokens()).logits
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=core.tokens()).logits
+    torch.testing.assert_close(found, expected)
+
+
 def test_passes_that_somebody_watches_are_separate(model, core, calls):
     ids = core.tokens(2, 3)
     model(input_ids=ids).logits.sum().backward()
@@ -309,7 +370,7 @@ def _trained(model, core, tmp_path):
 def _grown(model, core, tmp_path):
     model.add_adapter("d", core.make_adapter(tmp_path / "d", AutoModelForCausalLM.from_config(model.config), r=3, seed=9))
     core.randomize_gates(model, std=0.3, seed=5)
-    model.state.warning = None
+    model.state.untrained.clear()
 
 
 def _halved(model, core, tmp_path):

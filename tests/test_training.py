@@ -321,6 +321,33 @@ def test_rows_of_unknown_tasks_are_named(core, make):
         train_gates(make(), core.rows(("three",)), tokenizer=core.Tokenizer())
 
 
+@pytest.mark.parametrize("objective", ["joint", "gate"])
+def test_a_model_in_half_precision_trains(core, make, objective):
+    model = make().half()
+    assert all(math.isfinite(row["loss"]) for row in run(model, core, objective=objective))
+    assert all(torch.isfinite(gate).all() for gate in gates(model).values())
+
+
+def test_gates_are_trained_for_the_tasks_that_were_there(core, make):
+    model = make()
+    name = model.adapter_names[0]
+    config = GateTrainingConfig(max_steps=2)
+    with model.disable_adapters(), pytest.raises(ValueError, match="the adapters are disabled"):
+        train_gates(model, core.rows([name]), config, tokenizer=core.Tokenizer())
+    assert model.state.untrained == set(model.adapter_names)
+    train_gates(model, core.rows([name]), config, tokenizer=core.Tokenizer())
+    others = set(model.adapter_names) - {name}
+    assert model.state.untrained == others and all(repr(other) in model.state.warning for other in others)
+    turns = [{"turns": core.rows(others, count=1)}]
+    train_gates(model, turns, config, tokenizer=core.Tokenizer())
+    assert not model.state.untrained and model.state.warning is None
+
+
+def test_a_dict_is_no_config(core, make):
+    with pytest.raises(ValueError, match="config must be a GateTrainingConfig, not a dict"):
+        train_gates(make(), core.rows(), {"max_steps": 2}, tokenizer=core.Tokenizer())
+
+
 def test_a_bf16_model_trains_float32_gates(core, make):
     model = make()
     model.base_model.to(torch.bfloat16)

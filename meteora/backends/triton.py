@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meteora.gating import Routing
+from meteora.kernels.launch import MOST_ADAPTERS, on_its_device
 from meteora.kernels.packing import pack
 
 
@@ -49,6 +50,11 @@ def _check_dtype(y: Tensor) -> None:
         raise ValueError("Triton's interpreter multiplies no bfloat16 matrices; use float32 or float16, or 'dense'.")
 
 
+def _check_adapters(number: int) -> None:
+    if number > MOST_ADAPTERS:
+        raise ValueError(f"backend 'triton' chooses among {MOST_ADAPTERS} adapters at most, not {number}; use 'dense'.")
+
+
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -80,6 +86,7 @@ def gated_mix(
     from meteora.kernels import ops
 
     _check_dtype(y)
+    _check_adapters(len(gate))
     if packed is None:
         packed = pack(A.detach(), gate.detach())
     if _needs_gradient(y, x, A, B, gate):
@@ -97,6 +104,7 @@ def for_siblings(tokens: int, column_adapter: Tensor, top_k: int) -> bool:
     return column_adapter.shape[0] > 0 and grouped.fits(tokens, column_adapter, top_k) is None
 
 
+@on_its_device
 def gated_mixes(
     base: Callable[[], list[Tensor]],
     x: Tensor,
@@ -118,6 +126,7 @@ def gated_mixes(
     from meteora.kernels import ops
 
     _check_dtype(x)
+    _check_adapters(num_adapters)
     operands = (column_adapter, num_adapters, top_k, temperature)
     # In a CUDA graph, what needs x alone is a branch that runs while the base layers do. Outside, starting a branch
     # takes the CPU longer than the GPU could gain. What the branch allocates is not used anew before this is over, as

@@ -223,7 +223,7 @@ class Ablations:
         if kept is not None:
             for module, layer in model.layers.items():
                 layer.gate.weight.data.copy_(kept[0][module])
-            model.state.warning = None
+            model.state.untrained.clear()
             return _with_first(before, TrainedGates(model, *kept[1:]))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -54,7 +54,7 @@ def model_of_copies(ablations: Ablations, count: int) -> MeteoraModel:
     generator = torch.Generator().manual_seed(ablations.profile.seed)
     for layer in model.layers.values():
         layer.gate.weight.data.copy_(torch.randn(layer.gate.weight.shape, generator=generator))
-    model.state.warning = None
+    model.state.untrained.clear()
     return model
 
 

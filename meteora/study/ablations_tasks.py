@@ -47,7 +47,7 @@ def added_study(ablations: Ablations) -> Iterator[Variant]:
     def with_zero_row() -> MeteoraModel:
         model = model_without()
         model.add_adapter(added, ablations.study.adapters[added])
-        model.state.warning = None
+        model.state.untrained.clear()
         return model
 
     def rows(model: MeteoraModel, name: str, seconds: float | None) -> list[Row]:

@@ -46,7 +46,7 @@ def arrow_method(base_model: torch.nn.Module, adapters: Mapping[str, str | Path]
                 # B holds the scaling, which does not turn the vector. PEFT keeps prototypes in the adapters' type.
                 found = arrow.top_right_singular_vec_from_BA(layer.lora_A[own], layer.lora_B[:, own])
                 row.copy_(found.to(layer.lora_A.dtype))
-    model.state.warning = None  # these gates need no training
+    model.state.untrained.clear()  # these gates need no training
 
     @functools.cache
     def digests() -> dict[str, str]:

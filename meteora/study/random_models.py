@@ -74,7 +74,7 @@ def random_mixture(
     generator = torch.Generator(base.device).manual_seed(seed)
     for layer in model.layers.values():
         layer.gate.weight.data.normal_(0, 1 / math.sqrt(layer.in_features), generator=generator)
-    model.state.warning = None
+    model.state.untrained.clear()
     return model.eval()
 
 
