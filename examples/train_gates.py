@@ -18,6 +18,37 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from meteora import GateTrainingConfig, MeteoraModel, train_gates
 
 
+def read_settings(given: list[str]) -> dict:
+    """The settings of a `GateTrainingConfig` from ``NAME=VALUE``, each value in JSON, or a plain word for a text."""
+    kinds = {field.name: field.type for field in fields(GateTrainingConfig)}
+    settings = {}
+    for setting in given:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting} has no value; write it as in --set max_steps=300")
+        if name not in kinds:
+            raise ValueError(f"GateTrainingConfig has no {name!r}; it has {', '.join(kinds)}")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError as error:
+            if kinds[name] != "str":
+                raise ValueError(f"--set {setting}: {value!r} is not JSON, such as 300, 0.01, true or null") from error
+            settings[name] = value
+    return settings
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file of one JSON object a line; empty lines count for nothing."""
+    rows = []
+    with open(file, encoding="utf-8") as lines:  # not str.splitlines, which cuts at characters that JSON may hold
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number} is not JSON ({error}); each line must be one row") from error
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in (
@@ -28,14 +59,15 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", required=True, help=text)
     parser.add_argument("--objective", default="gate", choices=("gate", "joint"))
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings, as in JSON")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="other settings, as in JSON"
+    )
     options = parser.parse_args()
-    settings = dict(setting.split("=", 1) for setting in options.set)
-    unknown = sorted(set(settings) - {field.name for field in fields(GateTrainingConfig)})
-    if unknown:
-        parser.error(f"GateTrainingConfig has no {unknown[0]!r}")
-    config = GateTrainingConfig(objective=options.objective, **{n: json.loads(value) for n, value in settings.items()})
-    rows = [json.loads(line) for line in Path(options.data).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        config = GateTrainingConfig(**{"objective": options.objective, **read_settings(options.set)})
+        rows = read_rows(Path(options.data))
+    except ValueError as error:
+        parser.error(str(error))
 
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.base)

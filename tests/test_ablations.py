@@ -185,6 +185,30 @@ def test_studies_run_without_a_notebook_until_the_time_is_up(workspace, ablation
     assert not run_studies(ablations, ["mine"], time_limit=-1) and not produced
 
 
+def test_shares_are_all_of_the_variants_and_each_once(ablations, monkeypatch):
+    for study, count in (("few", 2), ("many", 5)):
+        variants = [Variant(f"{study} {n}", {}, list) for n in range(count)]
+        monkeypatch.setitem(STUDIES, study, lambda ablations, variants=variants: iter(variants))
+    done = []
+    empty = pd.DataFrame(columns=COLUMNS)
+    monkeypatch.setattr(ablations, "run", lambda name, variants: done.append(variants[0].name) or empty)
+    assert run_studies(ablations, ["few", "many"])
+    whole, shares = list(done), []
+    for n in (1, 2, 3):
+        done.clear()
+        assert run_studies(ablations, ["few", "many"], share=(n, 3))
+        shares.append(list(done))
+    assert sorted(sum(shares, [])) == sorted(whole) and max(map(len, shares)) == 3
+    assert shares[0] == ["few 0", "many 1", "many 4"]
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b"])
+def test_what_is_no_share_is_told(text, capsys):
+    with pytest.raises(SystemExit):
+        ablation_studies.main(["--share", text])
+    assert f"'{text}' is no share; write 1/4" in capsys.readouterr().err
+
+
 def test_the_command_writes_what_is_kept_of_every_study(tmp_path, workspace, whole, caplog, monkeypatch):
     caplog.set_level("INFO")
     mine = copied(workspace, tmp_path)

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ def test_the_pipeline_generates_what_the_model_does(model, tokenizer):
 @pytest.fixture
 def saved(model, tokenizer, tmp_path):
     """Directories of a checkpoint and of its base model, as the programs take them."""
-    model.state.warning = None
+    model.state.untrained.clear()
     model.save_pretrained(tmp_path / "mixture")
     tokenizer.save_pretrained(tmp_path / "base")
     model.unload().save_pretrained(tmp_path / "base")
@@ -92,6 +92,52 @@ def test_the_training_program(core, saved, mixed_adapters):
     assert any(layer.gate.weight.any() for layer in trained.layers.values())
     done = subprocess.run(**program("train_gates.py", *arguments, "pace=3"), capture_output=True, timeout=300)
     assert done.returncode == 2 and "GateTrainingConfig has no 'pace'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def train_gates():
+    """The program as a module."""
+    spec = spec_from_file_location("train_gates", EXAMPLES / "train_gates.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_settings_are_json_or_plain_words(train_gates):
+    given = ["max_steps=3", "learning_rate=1e-2", "gradient_checkpointing=true", "objective=joint", 'balance="turn"']
+    assert train_gates.read_settings(given) == {
+        "max_steps": 3, "learning_rate": 0.01, "gradient_checkpointing": True, "objective": "joint", "balance": "turn",
+    }  # fmt: skip
+
+
+def test_rows_are_lines(train_gates, tmp_path):
+    rows = [{"prompt": "a\u2028b", "response": "c", "task": "one"}] * 2
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    assert train_gates.read_rows(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_steps", "--set max_steps has no value; write it as in --set max_steps=300"),
+        ("max_steps=abc", "--set max_steps=abc: 'abc' is not JSON, such as 300, 0.01, true or null"),
+        ("gradient_checkpointing=False", "--set gradient_checkpointing=False: 'False' is not JSON"),
+        ("balance=word", "unknown balance 'word'; choose one of"),
+        ('first={"max_steps": 3}', "first must be another GateTrainingConfig or None"),
+        ("max_steps=3", "rows.jsonl, line 3 is not JSON"),
+    ],
+)
+def test_what_the_training_program_is_given_wrongly_is_one_sentence(
+    train_gates, tmp_path, monkeypatch, capsys, setting, message
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "task": "one"}\n\n{"prompt": \n')
+    options = {"base": "b", "adapters": "a", "data": str(tmp_path / "rows.jsonl"), "output": "o"}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["train_gates.py", *arguments, "--set", setting])
+    with pytest.raises(SystemExit) as ended:
+        train_gates.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 def request(port, path, body=None):

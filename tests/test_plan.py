@@ -13,7 +13,7 @@ from data_prep.errors import DownloadError
 from meteora.study import plan
 from meteora.study.artifacts import Workspace
 from meteora.study.plan import describe, downloads
-from meteora.study.profiles import load_profile
+from meteora.study.profiles import REPOSITORY, load_profile
 
 LLAMA = load_profile("llama3-8b")
 
@@ -95,10 +95,72 @@ def test_the_authors_data_are_one_download():
         replace(LLAMA.data, source="theirs")
 
 
-def test_adapters_of_the_hub_are_listed_and_those_in_directories_are_not(tmp_path):
+def test_adapters_of_the_hub_are_listed_and_those_in_directories_are_not(monkeypatch, tmp_path):
     for task in LLAMA.tasks[1:]:
         (tmp_path / f"my-{task}").mkdir()
     adapters = replace(LLAMA.adapters, source=f"{tmp_path}/my-{{task}}")
     profile = replace(LLAMA, adapters=adapters, lora_b=replace(LLAMA.lora_b, source="me/lora-b"))
     found = [d.hub[1] for d in downloads(profile) if d.what.startswith("adapter")]
-    assert found == [f"{tmp_path}/my-{LLAMA.tasks[0]}", "me/lora-b"]
+    assert found == ["me/lora-b"]
+    assert told(monkeypatch, tmp_path, profile) == [
+        f"adapters.source: there is no directory {tmp_path}/my-{LLAMA.tasks[0]}; name what exists, or a hub id with "
+        "{task} in it."
+    ]
+
+
+def told(monkeypatch, tmp_path, profile):
+    """What a dry run says of directories, and nothing of them is a download."""
+    monkeypatch.setattr(plan, "_estimates", lambda workspace, total: [])  # takes seconds
+    monkeypatch.setattr(plan, "hub_answers", lambda: False)
+    lines = describe(Workspace(profile, root=tmp_path), []).splitlines()
+    assert not [line for line in lines if "nonexistent" in line and "missing" in line]
+    return [line.strip() for line in lines if "there is no directory" in line]
+
+
+@pytest.mark.parametrize("source", ["/nonexistent/llama", "./nonexistent", "../nonexistent", "~/nonexistent", "a/b/c"])
+def test_a_model_that_is_no_hub_id_is_a_directory_that_does_not_exist(monkeypatch, tmp_path, source):
+    profile = replace(LLAMA, model=replace(LLAMA.model, source=source))
+    assert told(monkeypatch, tmp_path, profile) == [
+        f"model.source: there is no directory {source}; name what exists, or a hub id."
+    ]
+    assert not any("base model" in download.what for download in downloads(profile))
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("/nonexistent/folder", "/nonexistent/folder"),
+        ("me/one-lora", f"{REPOSITORY}/me/one-lora"),  # which would be a hub id, if it had {task} in it
+        ("/nonexistent/{task}", f"/nonexistent/{LLAMA.tasks[0]}, nor 27 more like it"),
+        ("~/nonexistent-{task}", f"~/nonexistent-{LLAMA.tasks[0]}, nor 27 more like it"),
+    ],
+)
+def test_adapters_that_do_not_exist_are_told(monkeypatch, tmp_path, source, named):
+    profile = replace(LLAMA, adapters=replace(LLAMA.adapters, source=source))
+    assert told(monkeypatch, tmp_path, profile) == [
+        f"adapters.source: there is no directory {named}; name what exists, or a hub id with {{task}} in it."
+    ]
+
+
+def test_a_folder_that_lacks_an_adapter_is_told(monkeypatch, tmp_path):
+    for task in LLAMA.tasks[2:]:
+        (tmp_path / "mine" / task).mkdir(parents=True)
+    profile = replace(LLAMA, adapters=replace(LLAMA.adapters, source=f"{tmp_path}/mine"))
+    (sentence,) = told(monkeypatch, tmp_path, profile)
+    assert f"no directory {tmp_path}/mine/{LLAMA.tasks[0]}, nor 1 more like it;" in sentence
+
+
+def test_an_adapter_for_every_task_that_does_not_exist_is_told(monkeypatch, tmp_path):
+    profile = replace(LLAMA, lora_b=replace(LLAMA.lora_b, source="/nonexistent/lb"))
+    assert told(monkeypatch, tmp_path, profile) == [
+        "lora_b.source: there is no directory /nonexistent/lb; name what exists, or a hub id."
+    ]
+
+
+def test_adapters_in_the_home_directory_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for task in LLAMA.tasks:
+        (tmp_path / f"my-{task}").mkdir()
+    profile = replace(LLAMA, adapters=replace(LLAMA.adapters, source="~/my-{task}"))
+    assert not told(monkeypatch, tmp_path, profile)
+    assert not [download for download in downloads(profile) if download.what.startswith("adapter")]

@@ -16,7 +16,7 @@ from meteora.adapters import file_sha256
 from meteora.study.benchmark_rows import RowFile, make_row
 from meteora.study.profiles import REPOSITORY, load_profile
 from meteora.study.readme import (
-    NO_RESULTS, README, READMES, claims_block, fill, results_block, speed_block, training_block,
+    NO_RESULTS, README, READMES, claims_block, fill, results_block, speed_block, summary_block, training_block,
 )  # fmt: skip
 from meteora.study.tables import interval_text
 
@@ -77,9 +77,25 @@ def test_speed_block(tmp_path) -> None:
     rows = [({**setting, "backend": b, "launch": launch}, value and [value] * 3) for b, launch, value in times]
     file.append(make_row(row, "time_us", values, unit="us") for row, values in rows)
     block = speed_block(tmp_path)
-    assert "| next token behind 1,023, batch of 8 | 10.0 ms |  | 1.10x |  |  | 15x* |" in block
+    assert "| next token after 1,023, batch of 8 | 10.0 ms |  | 1.10x |  |  | 15x* |" in block
     assert "on one a GPU" in block and "28 adapters of rank 8" in block
-    assert "`auto`, the same as `triton`, was up to 1.5x apart from it" in block
+    assert "two runs of the same code (`auto` and `triton`) differed by up to 1.5x" in block
+
+
+def test_summary_block(tmp_path) -> None:
+    assert summary_block(tmp_path) == NO_RESULTS
+    for profile, value in (("laptop", 0.9), ("smollm2", 0.5)):
+        metrics = tmp_path / profile / "metrics"
+        metrics.mkdir(parents=True)
+        rows = [
+            {"method": method, "task": task, "metric": "accuracy", "value": value, "low": value, "high": value, "n": 10}
+            for method in ("peft", "meteora_top2")
+            for task in "ab"
+        ]
+        pd.DataFrame(rows).to_csv(metrics / "independent.csv", index=False)
+    block = summary_block(tmp_path)
+    assert "profile `smollm2`, smollm2-135m with 2 tasks" in block  # the largest, and nothing of kernels or of LoRA-B
+    assert block.endswith("0.500 by MeteoRA (top-2), told nothing, 0.500 by the right adapter, named by hand.\n")
 
 
 def test_training_block(tmp_path) -> None:

@@ -8,12 +8,17 @@ What they find is kept in ``artifacts/<profile>/ablations``, variant by variant,
 its end, also when the time is up, the command writes ``results/<profile>/metrics/ablations.csv`` with all that is kept.
 With ``--recorded FILE`` it begins with what such a file has of the present inputs, so that one machine can go on where
 another stopped: notebooks 01 and 02 leave the same adapters and gates on both, if their GPUs and packages are the same.
+On several GPUs each of four processes does every fourth variant (what they all need, study ``reference``, before them)::
+
+    for n in 1 2 3 4; do CUDA_VISIBLE_DEVICES=$((n - 1)) python -P -m meteora.study.ablation_studies --share $n/4 & done; wait
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,20 +53,30 @@ STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
 }
 
 
-def run_studies(ablations: Ablations, names: Sequence[str], *, time_limit: float | None = None) -> bool:
+def run_studies(
+    ablations: Ablations, names: Sequence[str], *, time_limit: float | None = None, share: tuple[int, int] = (1, 1)
+) -> bool:
     """Run these studies and log each variant's means and time; whether all are done.
 
     Args:
         time_limit: seconds after which no other variant is begun. The same call goes on later.
+        share: (n, N), to do the n-th of N shares of their variants: every N-th, as a study's variants cost about the same.
     """
     end = None if time_limit is None else time.monotonic() + time_limit
-    for name in names:
-        for variant in STUDIES[name](ablations):
-            if end is not None and time.monotonic() > end:
-                return False
-            found = ablations.run(name, [variant])
-            logger.info("%s: %s\n%s", name, variant.name, _summary(found))
+    variants = ((name, variant) for name in names for variant in STUDIES[name](ablations))
+    for name, variant in itertools.islice(variants, share[0] - 1, None, share[1]):
+        if end is not None and time.monotonic() > end:
+            return False
+        found = ablations.run(name, [variant])
+        logger.info("%s: %s\n%s", name, variant.name, _summary(found))
     return True
+
+
+def _read_share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 1/4, 2/4, 3/4 and 4/4 for those of four processes")
+    return int(found[1]), int(found[2])
 
 
 def take_recorded(ablations: Ablations, path: Path) -> None:
@@ -111,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="instead of all")
     parser.add_argument("--recorded", type=Path, metavar="FILE", help="an ablations.csv to take finished variants from")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no variant after that time")
+    parser.add_argument("--share", type=_read_share, default=(1, 1), metavar="N/M", help="the N-th of M processes' share")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -120,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ablations = Ablations(workspace, device=set_up(workspace.profile))
         if options.recorded is not None:
             take_recorded(ablations, options.recorded)
-        complete = run_studies(ablations, options.studies, time_limit=options.time_limit)
+        complete = run_studies(ablations, options.studies, time_limit=options.time_limit, share=options.share)
         write_kept(ablations)
     except (ProfileError, ArtifactError, DataError) as error:
         logger.error("error: %s", error)

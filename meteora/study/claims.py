@@ -100,7 +100,7 @@ def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
     if not parts:
         return None
     name = max(parts, key=lambda name: parts[name].max())
-    where = {"tasks": "the tasks' prompts", "layer": "one layer"}[_workload(metrics["benchmark"])]
+    where = {"tasks": "the tasks' prompts, without CUDA graphs", "layer": "one layer"}[_workload(metrics["benchmark"])]
     return Finding(f"up to {parts[name].max():.1f}x ({name}), {where}", sum(map(len, parts.values())))
 
 
@@ -250,7 +250,7 @@ def _routing(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
 
 
 def _switching(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
-    """The share of tokens behind a junction whose dominant adapter is the new task's, in sequential composites."""
+    """The share of tokens after a junction whose dominant adapter is the new task's, in sequential composites."""
     if "switching_totals" not in metrics:
         return None
     frame = metrics["switching_totals"]
@@ -259,7 +259,7 @@ def _switching(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
         + ", ".join(f"{interval_text(r.value, r.low, r.high)} of the {r.part}'s tokens" for r in rows.itertuples())
         for size, rows in frame.groupby("composite", sort=False)
     ]
-    return Finding("own adapter dominant behind a junction; " + "; ".join(parts), int(frame["n"].max()))
+    return Finding("own adapter dominant after a junction; " + "; ".join(parts), int(frame["n"].max()))
 
 
 def published_composite10() -> pd.DataFrame:

@@ -19,6 +19,7 @@ from meteora.study.tables import (
     label,
     method_means,
     require_columns,
+    scored_tasks,
 )
 
 RADAR_METHODS = ("peft", "meteora_top1", "meteora_top2", "lora_f", "lora_b")
@@ -122,7 +123,7 @@ def composite_summary(composite: pd.DataFrame, guess: Mapping[int, float] | None
     frame = composite[composite["subtask"] == "ALL"]
     if frame.empty:
         raise ValueError("composite.csv has no rows of sub-task ALL; run the composite evaluation again.")
-    methods = in_order(frame["method"])
+    methods, scored = in_order(frame["method"]), scored_tasks(composite)
     keys = ["composite", "temperature", "protocol", "shots"]
     panels = {(*key[:2], key[2:]): part for key, part in frame.groupby(keys, sort=False)}
     runs = list(dict.fromkeys(run for _, _, run in panels))
@@ -136,7 +137,7 @@ def composite_summary(composite: pd.DataFrame, guess: Mapping[int, float] | None
             if part is None:
                 axes.set_visible(False)
             else:
-                _composite_panel(axes, part, methods, size)
+                _composite_panel(axes, part, methods, size, len(scored.get(size, range(size))))
                 if guess is not None:
                     axes.axvline(guess[size], color=INK, linestyle=":", linewidth=1.1, zorder=0)
                 axes.set_title(f"composite-{size}, {run[0]}\n{run[1]}-shot, T = {temperature:g}")
@@ -150,7 +151,7 @@ def composite_summary(composite: pd.DataFrame, guess: Mapping[int, float] | None
     return figure
 
 
-def _composite_panel(axes: Axes, part: pd.DataFrame, methods: Sequence[str], size: int) -> None:
+def _composite_panel(axes: Axes, part: pd.DataFrame, methods: Sequence[str], size: int, scored: int) -> None:
     for metric, offset, filled in (("attempted", 0.14, False), ("correct", -0.14, True)):
         found = part[part["metric"] == metric].set_index("method").reindex(methods)
         for place, method in enumerate(methods):
@@ -162,7 +163,7 @@ def _composite_panel(axes: Axes, part: pd.DataFrame, methods: Sequence[str], siz
                 markersize=5.5, linestyle="", clip_on=False,
             )  # fmt: skip
     axes.set_xlim(0, size)
-    axes.set_xlabel(f"answers per item (of {size})")
+    axes.set_xlabel(f"answers per item (of {size})" if scored == size else f"attempted (of {size}), correct (of {scored})")
     axes.set_yticks(range(len(methods)), [label(m) for m in reversed(methods)])
     axes.set_ylim(-0.6, len(methods) - 0.4)
 

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from data_prep.hub import AUTHORS_DATASET, access_trouble, hub_answers
 from data_prep.sources import BIGBENCH, SMOLLM2, PackageFile, cache_root
 from data_prep.tasks import get_task
+from meteora.adapters import adapter_directory
 from meteora.study.artifacts import Stage, Workspace, left_out
 from meteora.study.profiles import Profile
 from meteora.study.records import Records
@@ -33,7 +37,7 @@ def downloads(profile: Profile) -> list[Download]:
     found = []
     if profile.model.source == "smollm2-135m":
         found.append(_package("base model SmolLM2-135M-Instruct", SMOLLM2, profile.cache))
-    elif profile.model.source != "tiny" and not Path(profile.model.source).expanduser().is_dir():
+    elif profile.model.source != "tiny" and _is_on_hub(profile.model.source):
         found.append(_hub("base model", "model", profile.model.source, _model_bytes(profile)))
     tasks = [get_task(name) for name in profile.tasks]
     if profile.data.source == "authors":
@@ -50,15 +54,58 @@ def downloads(profile: Profile) -> list[Download]:
 
 def _adapters(profile: Profile) -> list[Download]:
     """The adapters that are not trained and lie in no directory."""
-    found = []
+    places = {}
     if "{task}" in profile.adapters.source:
-        places = [(task, profile.adapters.place(task)) for task in profile.tasks]
-        found += [_hub(f"adapter {task}", "model", place) for task, place in places if not Path(place).is_dir()]
+        places = {task: profile.adapters.place(task) for task in profile.tasks}
+    places |= _single_adapters(profile)
+    return [_hub(f"adapter {name}", "model", place) for name, place in places.items() if _is_on_hub(place)]
+
+
+def _single_adapters(profile: Profile) -> dict[str, str]:
+    """Where each adapter lies that is used for every task and is not trained: a directory or hub id."""
+    found = {}
     for name in ("lora_b", "lora_f"):
         settings = getattr(profile, name)
-        if settings is not None and settings.path is not None and not settings.path.is_dir():
-            found.append(_hub(f"adapter {name}", "model", settings.source))
+        if settings is not None and settings.path is not None:
+            found[name] = str(settings.path) if settings.path.is_dir() else settings.source
     return found
+
+
+def _absent(profile: Profile) -> list[str]:
+    """What the profile takes for directories of this machine and are none, one sentence for each key."""
+    adapters = profile.adapters
+    places = {"model.source": [profile.model.source]}
+    if "{task}" in adapters.source:
+        places["adapters.source"] = [adapters.place(task) for task in profile.tasks]
+    elif adapters.path is not None:
+        folders = [adapter_directory(adapters.path, task) for task in profile.tasks]
+        places["adapters.source"] = [str(folder) for folder in (folders if adapters.path.is_dir() else [adapters.path])]
+    places |= {f"{name}.source": [place] for name, place in _single_adapters(profile).items()}
+    sentences = []
+    for key, named in places.items():
+        gone = [place for place in named if not _is_directory(place) and not _is_hub_id(place)]
+        if gone:
+            more = f", nor {len(gone) - 1} more like it" if len(gone) > 1 else ""
+            mend = "name what exists, or a hub id" + (" with {task} in it" if key == "adapters.source" else "")
+            sentences.append(f"{key}: there is no directory {gone[0]}{more}; {mend}.")
+    return sentences
+
+
+def _is_directory(place: str) -> bool:
+    return Path(place).expanduser().is_dir()
+
+
+def _is_hub_id(place: str) -> bool:
+    """Whether it can be one: no absolute path can, and none that begins with a dot or a tilde."""
+    try:
+        validate_repo_id(place)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_on_hub(place: str) -> bool:
+    return _is_hub_id(place) and not _is_directory(place)
 
 
 def _model_bytes(profile: Profile) -> int | None:
@@ -124,7 +171,7 @@ def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | N
     total = sum(d.size or 0 for d in missing if not d.cached)
     unknown = sum(d.size is None and not d.cached for d in missing)
     lines.append(f"  to download: {total / 1e6:,.0f} MB" + (f" and {unknown} of unknown size" if unknown else ""))
-    lines += [f"  {sentence}" for sentence in _trouble(missing)]
+    lines += [f"  {sentence}" for sentence in [*_absent(profile), *_trouble(missing)]]
     lines += ["", "Estimates:", *_estimates(workspace, total)]
     lines += ["", "An interrupted run goes on where it stopped when the same command is given again."]
     return "\n".join(lines)

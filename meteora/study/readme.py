@@ -15,7 +15,16 @@ from meteora.study.benchmark_rows import read_rows
 from meteora.study.claims import COLUMNS, claims_table
 from meteora.study.guessing import FILE, expected_correct, tasks_at_a_guess
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
-from meteora.study.tables import in_order, interval_text, label, scored_tasks, table1, table1_caption, to_markdown
+from meteora.study.tables import (
+    in_order,
+    interval_text,
+    label,
+    method_means,
+    scored_tasks,
+    table1,
+    table1_caption,
+    to_markdown,
+)
 
 README, KERNELS = REPOSITORY / "README.md", REPOSITORY / "kernels" / "README.md"
 KERNELS_RUN = "smollm2"  # the profile whose record tells of the kernels
@@ -42,6 +51,35 @@ def profiles_block() -> str:
         time = f"{needs.minutes:g} min" if needs.minutes < 120 else f"{needs.minutes / 60:g} h"
         rows.append([f"`{profile.name}`", profile.description, needs.device, memory, f"{needs.disk_gb:g} GB", time])
     return to_markdown(pd.DataFrame(rows, columns=["profile", "what", "needs", "memory", "disk", "time"]))
+
+
+def summary_block(results: Path = RESULTS) -> str:
+    """Two sentences: what the largest recorded run says of quality, and of one layer's time."""
+    parts = []
+    for name in reversed(ORDER):
+        path = results / name / "metrics" / "independent.csv"
+        if path.is_file():
+            means = method_means(pd.read_csv(path))
+            means = means[means["metric"] == "accuracy"].set_index("method")
+            said = {
+                "meteora_top2": "by MeteoRA (top-2), told nothing", "peft": "by the right adapter, named by hand",
+                "lora_b": "by one LoRA for all tasks",
+            }  # fmt: skip
+            values = [f"{means.loc[method, 'value']:.3f} {words}" for method, words in said.items() if method in means.index]
+            parts.append(
+                f"**What came out**: accuracy in profile `{name}`, {load_profile(name).model.source} with "
+                f"{means['tasks'].max()} tasks ([more](#results)): {', '.join(values)}."
+            )
+            break
+    path = results / KERNELS_RUN / "metrics" / "benchmark.csv"
+    if path.is_file():
+        ratios = _layer_ratios(path)
+        ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]
+        parts.append(
+            f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ratios['ratio'].min():.1f} to "
+            f"{ratios['ratio'].max():.1f} times as long as one LoRA's on a GPU ([more](#speed))."
+        )
+    return "\n".join(parts) + "\n" if parts else NO_RESULTS
 
 
 def results_block(results: Path = RESULTS) -> str:
@@ -110,7 +148,7 @@ def _whole_models(rows: pd.DataFrame) -> str:
     lines = []
     for (mode, batch, tokens), cells in times.groupby(["mode", "batch", "tokens"], sort=False):
         value = cells.set_index(["launch", "backend"])["value"]
-        what = f"prompt of {tokens:,} tokens" if mode == "prefill" else f"next token behind {tokens - 1:,}, batch of {batch}"
+        what = f"prompt of {tokens:,} tokens" if mode == "prefill" else f"next token after {tokens - 1:,}, batch of {batch}"
         line = {"": what, "base model": f"{value['graph', 'base'] / 1000:.1f} ms"}
         for backend, column in SPEED_COLUMNS.items():
             launch = next((name for name in ("graph", "eager") if (name, backend) in value), None)
@@ -125,14 +163,14 @@ def _whole_models(rows: pd.DataFrame) -> str:
     caption = (
         f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
         f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
-        "model's, in CUDA graphs, or (*) both as Python starts them where a graph cannot hold the strategy. The last two "
+        "model's, in CUDA graphs; entries with * compare runs without graphs, as the loop cannot be captured. The last two "
         "columns are without graphs as well, as `model.generate` runs: Python then starts one kernel after the other."
     )
     twins = times[times["launch"] == "eager"].pivot_table("value", ["mode", "batch", "tokens"], "backend")
     if {"auto", "triton"} <= set(twins):
         ratio = twins["auto"] / twins["triton"]
         apart = max(ratio.max(), 1 / ratio.min())
-        caption += f" What the CPU is busy with tells there: `auto`, the same as `triton`, was up to {apart:.1f}x apart from it."
+        caption += f" There the CPU's load matters: two runs of the same code (`auto` and `triton`) differed by up to {apart:.1f}x."
     return to_markdown(pd.DataFrame(lines), caption)
 
 
@@ -197,9 +235,7 @@ def claims_block(results: Path = RESULTS) -> str:
 
 def ratios_block(results: Path = RESULTS) -> str:
     """One layer's time as a multiple of one LoRA, top-2 of 28 adapters, by backend ``triton`` in CUDA graphs."""
-    times = side_by_side(read_rows(results / KERNELS_RUN / "metrics" / "benchmark.csv"))
-    ratios = (times["triton"] / times["single_lora"]).rename("ratio").reset_index()
-    ratios = ratios[(ratios["adapters"] == 28) & (ratios["top_k"] == 2)]
+    ratios = _layer_ratios(results / KERNELS_RUN / "metrics" / "benchmark.csv")
     rows = []
     for (mode, rank, columns, width, routing), cells in ratios.groupby(
         ["mode", "rank", "in_features", "out_features", "routing"], sort=False
@@ -209,6 +245,13 @@ def ratios_block(results: Path = RESULTS) -> str:
         rows.append(layer | {f"{tokens:,}": f"{ratio:.2f}" for tokens, ratio in by_tokens.items()})
     rows.sort(key=lambda row: (row[""] != "forward", row["rank"], row["layer"], row["routing"] != "uniform"))
     return to_markdown(pd.DataFrame(rows))
+
+
+def _layer_ratios(benchmark: Path) -> pd.DataFrame:
+    """Every setting with 28 adapters and top-2, and its ``ratio`` of ``triton`` to one LoRA, in CUDA graphs."""
+    times = side_by_side(read_rows(benchmark))
+    ratios = (times["triton"] / times["single_lora"]).rename("ratio").reset_index()
+    return ratios[(ratios["adapters"] == 28) & (ratios["top_k"] == 2)]
 
 
 def aims_block(results: Path = RESULTS) -> str:
@@ -270,7 +313,7 @@ def fill(text: str, blocks: dict[str, str] | None = None) -> str:
 def readme_blocks() -> dict[str, str]:
     """Name -> text of the generated blocks of README.md."""
     return {
-        "results": results_block(), "speed": speed_block(), "training": training_block(), "profiles": profiles_block(),
+        "summary": summary_block(), "results": results_block(), "speed": speed_block(), "training": training_block(), "profiles": profiles_block(),
         "claims": claims_block(),
     }  # fmt: skip
 
