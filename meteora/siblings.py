@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.backends import get_gated_mix, triton
+from meteora.kernels.packing import pack
 
 if TYPE_CHECKING:
     from meteora.layer import MeteoraLinear, MixtureState
@@ -181,24 +182,34 @@ class Siblings:
         self.apart = True
 
     def _packed_weights(self, layers: list[MeteoraLinear], weights: list[tuple]) -> Tensor | None:
-        """The layers' packed weights one below the other, (n * C, in). Each layer then holds a view of them.
+        """The layers' packed weights one below the other, (n * C, in), of which each layer holds a view.
 
-        ``None`` if they would have to be made while a CUDA graph is captured.
+        ``None`` if they are not kept so, and would have to be made while a CUDA graph is captured.
         """
-        parts = [
-            layer.packed_weights(lora_A, gate, lora_A.dtype)
-            for layer, (lora_A, _, gate, *_) in zip(layers, weights, strict=True)
-        ]
-        if len(self._parts) != len(parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
-            capturing = weights[0][0].is_cuda and torch.cuda.is_current_stream_capturing()
-            if capturing or any(part is None for part in parts):
-                return None
-            with torch.inference_mode(False), torch.no_grad():
-                self._packed = torch.cat(parts)
-                self._parts = list(self._packed.chunk(len(parts)))
-                for layer, part in zip(layers, self._parts, strict=True):
-                    layer.hold_packed(part)
-        return self._packed
+        for _ in range(2):  # one that is stale has all packed anew, also those that were asked before it
+            parts = [
+                layer.packed_weights(lora_A, gate, lora_A.dtype)
+                for layer, (lora_A, _, gate, *_) in zip(layers, weights, strict=True)
+            ]
+            if len(self._parts) == len(parts) and all(a is b for a, b in zip(parts, self._parts, strict=True)):
+                return self._packed
+        # Each packed for itself, before they were siblings.
+        return self._packed if all(part is not None for part in parts) and self.pack(layers[0]) else None
+
+    def pack(self, layer: MeteoraLinear) -> bool:
+        """Pack the weights of all layers; ``False`` if ``layer`` is none of them, or they are not alike."""
+        layers = self.layers
+        weights = [(sibling.lora_A, sibling.gate.weight) for sibling in layers]
+        kinds = {(A.shape, A.dtype, A.device, gate.shape, gate.device) for A, gate in weights}
+        capturing = layer.lora_A.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing or layer not in layers or len(kinds) > 1:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            self._packed = torch.cat([pack(A, gate) for A, gate in weights])
+            self._parts = list(self._packed.chunk(len(weights)))
+            for sibling, part in zip(layers, self._parts, strict=True):
+                sibling.hold_packed(part)
+        return True
 
 
 def _circumstances(x: Tensor, state: MixtureState) -> tuple:

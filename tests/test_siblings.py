@@ -225,6 +225,16 @@ def test_weights_that_come_to_lie_where_others_did_are_seen(model, replace):
         assert torch.equal(found, layer(x))
 
 
+def test_packed_weights_stay_where_they_are_whatever_the_mode(model, core):
+    """Graphs that were captured in one mode read them there."""
+    places = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            model(input_ids=core.tokens())
+        places.append([layer.lora_A.data_ptr() for layer in model.layers.values()])
+    assert places[0] == places[1] == places[2]
+
+
 @torch.no_grad()
 def test_an_adapter_in_some_of_the_siblings_alone(model, core):
     block = attention(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -106,8 +107,11 @@ def figure4_tokens(
 
 
 def _colors(dominant: Sequence[int], adapters: Sequence[str]) -> dict[int, str]:
-    """A colour for each adapter that is some token's: shades of one hue are left to weights as long as hues suffice."""
-    used = sorted(set(dominant))
+    """A colour for each adapter that is some token's, the most frequent first, as the first hues differ most.
+
+    Shades of one hue are left to weights as long as hues suffice.
+    """
+    used = [n for n, _ in Counter(dominant).most_common()]
     return dict(zip(used, adapter_colors([adapters[n] for n in used]).values(), strict=True))
 
 
