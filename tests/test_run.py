@@ -20,6 +20,7 @@ from meteora.study import execute, run
 from meteora.study.artifacts import STAGES, Workspace, left_out
 from meteora.study.plan import describe, downloads
 from meteora.study.profiles import PROFILES, REPOSITORY, load_profile
+from meteora.study.locking import hold
 from meteora.study.records import Records, RunError, sources_of
 from meteora.study.run import run_study, select_stages
 
@@ -284,7 +285,7 @@ def test_a_damaged_record_is_not_trusted(study) -> None:
 
 
 def test_two_runs_at_once_are_refused(study) -> None:
-    with run._only_run(study.workspace), pytest.raises(RunError, match="another run of profile 'smoke' is under way"):
+    with hold(study.workspace), pytest.raises(RunError, match="another run of profile 'smoke' is under way"):
         study.run()
 
 

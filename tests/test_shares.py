@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 from meteora.study import shares
 from meteora.study.artifacts import NOTEBOOKS, ArtifactError, Workspace
+from meteora.study.locking import hold
 from meteora.study.predictions import PredictionFile
 from meteora.study.profiles import PROFILES, load_profile
+from meteora.study.records import RunError
 from meteora.study.shares import Place, answer_share, main, own_device, share
 
 DDP = Path(__file__).parents[1] / "examples" / "accelerate" / "ddp.yaml"
@@ -176,6 +178,16 @@ def test_the_place_is_taken_out_of_the_environment(monkeypatch):
         monkeypatch.setenv(name, value)
     assert shares.take_place() == (5, 8, 1)
     assert shares.take_place() == (0, 1, 0)
+
+
+def test_nobody_answers_while_notebooks_run_nor_the_other_way_round(tmp_path, caplog):
+    workspace = Workspace(smoke(tmp_path))
+    with hold(workspace):
+        assert main(["--profile", str(smoke(tmp_path))]) == 2
+    assert "another run of profile 'smoke' is under way" in caplog.text
+    with hold(workspace, together=True), hold(workspace, together=True):
+        with pytest.raises(RunError, match="another run"), hold(workspace):
+            pass
 
 
 def test_what_is_missing_is_named(tmp_path, caplog):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -25,6 +23,7 @@ from meteora.study.artifacts import (
     left_out,
     versions,
 )
+from meteora.study.locking import hold
 from meteora.study.plan import describe
 from meteora.study.profiles import REPOSITORY, Profile, ProfileError, load_profile, profile_names
 from meteora.study.records import Records, RunError
@@ -78,7 +77,7 @@ def run_study(
     """
     records = Records(workspace, notebooks)
     seconds: dict[str, float | None] = {}
-    with _only_run(workspace):
+    with hold(workspace):
         if fresh and list(stages) == existing_stages(notebooks, workspace.profile):
             records.forget_everything()
         elif fresh:
@@ -121,21 +120,6 @@ def _run_stage(stage: Stage, workspace: Workspace, records: Records, profile_sou
         return taken
     finally:
         records.stop(stage)
-
-
-@contextmanager
-def _only_run(workspace: Workspace) -> Iterator[None]:
-    """Hold the profile's lock: two runs at once would overwrite each other's files."""
-    folder = workspace.root / "artifacts"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{workspace.profile.name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another run of profile {workspace.profile.name!r} is under way; wait for it, or end it."
-            ) from error
-        yield
 
 
 def _duration(seconds: float) -> str:

@@ -27,9 +27,11 @@ from data_prep.errors import DataError
 from meteora.study.artifacts import ArtifactError, Workspace, set_up
 from meteora.study.composite import can_run, composite_runs, predict_composite
 from meteora.study.evaluation import answered_together, predict_independent
+from meteora.study.locking import hold
 from meteora.study.measures import Example
 from meteora.study.opening import Study, open_study
 from meteora.study.profiles import Profile, ProfileError, load_profile
+from meteora.study.records import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     try:
-        answer_share(Workspace(load_profile(options.profile)), take_place())
-    except (ProfileError, ArtifactError, DataError, OSError) as error:
+        workspace = Workspace(load_profile(options.profile))
+        with hold(workspace, together=True):
+            answer_share(workspace, take_place())
+    except (ProfileError, ArtifactError, RunError, DataError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     return 0
