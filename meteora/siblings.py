@@ -205,7 +205,12 @@ class Siblings:
         if capturing or layer not in layers or len(kinds) > 1:
             return False
         with torch.inference_mode(False), torch.no_grad():
-            self._packed = torch.cat([pack(A, gate) for A, gate in weights])
+            packed, before = torch.cat([pack(A, gate) for A, gate in weights]), self._packed
+            # In the same memory, if it can be, where graphs that read it find the new values.
+            if before is None or (before.shape, before.dtype, before.device) != (packed.shape, packed.dtype, packed.device):
+                self._packed = packed
+            else:
+                before.copy_(packed)
             self._parts = list(self._packed.chunk(len(weights)))
             for sibling, part in zip(layers, self._parts, strict=True):
                 sibling.hold_packed(part)

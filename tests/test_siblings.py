@@ -225,14 +225,20 @@ def test_weights_that_come_to_lie_where_others_did_are_seen(model, replace):
         assert torch.equal(found, layer(x))
 
 
-def test_packed_weights_stay_where_they_are_whatever_the_mode(model, core):
-    """Graphs that were captured in one mode read them there."""
+def test_packed_weights_stay_where_they_are(model, core):
+    """Graphs that were captured once read them there, also after a pass with gradients, and when gates have changed."""
     places = []
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad, torch.no_grad):
         with mode():
             model(input_ids=core.tokens())
         places.append([layer.lora_A.data_ptr() for layer in model.layers.values()])
-    assert places[0] == places[1] == places[2]
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.gate.weight.normal_()
+        found = model(input_ids=core.tokens()).logits
+        places.append([layer.lora_A.data_ptr() for layer in model.layers.values()])
+        assert torch.equal(found, separate(model).to("cpu")(input_ids=core.tokens()).logits)
+    assert all(place == places[0] for place in places)
 
 
 @torch.no_grad()
