@@ -61,7 +61,8 @@ def load_base_model(
         model, tokenizer = _tiny_model(), _byte_tokenizer()
         model = model.to(_DTYPES[dtype])
     else:
-        location = smollm2_directory(cache_dir) if source == SMOLLM2_NAME else source
+        location = smollm2_directory(cache_dir) if source == SMOLLM2_NAME else Path(source).expanduser()
+        location = location if location.is_dir() else source
         model, tokenizer = _load_pretrained(str(location), _DTYPES[dtype])
         if source == SMOLLM2_NAME:
             # PEFT writes this name into adapters; a path in somebody's cache would mean nothing to others.

@@ -26,6 +26,8 @@ def read_settings(given: list[str]) -> dict:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting} has no value; write it as in --set max_steps=300")
+        if name == "objective":
+            raise ValueError("--set objective=... has a name of its own; write --objective joint")
         if name not in kinds:
             raise ValueError(f"GateTrainingConfig has no {name!r}; it has {', '.join(kinds)}")
         try:
@@ -64,9 +66,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        config = GateTrainingConfig(**{"objective": options.objective, **read_settings(options.set)})
+        config = GateTrainingConfig(objective=options.objective, **read_settings(options.set))
         rows = read_rows(Path(options.data))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype="auto")

@@ -60,7 +60,10 @@ def read_settings(directory: Path) -> dict:
     except ValueError as error:
         raise AdapterError(f"{directory / MODEL_FILE} is not valid JSON ({error}).") from error
     version = saved.get("format") if isinstance(saved, dict) else None
-    if version != FORMAT:
+    if version == 1:  # said only whether there was something to warn of
+        names = [entry.get("name") for entry in saved.get("adapters") or [] if isinstance(entry, dict)]
+        saved["untrained"] = names if saved.pop("warning", None) else []
+    elif version != FORMAT:
         raise AdapterError(f"{directory} has format {version!r}; this version reads format {FORMAT}.")
     _check_settings(saved, directory / MODEL_FILE)
     return saved
@@ -78,6 +81,9 @@ def _check_settings(saved: dict, file: Path) -> None:
         for keys in (("name",), ("sha256",), ("directory", "source")):
             if not isinstance(entry, dict) or not any(isinstance(entry.get(key), str) for key in keys):
                 raise AdapterError(f"{file} has no usable {' or '.join(map(repr, keys))} of adapter {n}; {mend}")
+    strangers = [name for name in saved["untrained"] if name not in [entry["name"] for entry in saved["adapters"]]]
+    if strangers:
+        raise AdapterError(f"{file} has no usable 'untrained', as there is no adapter {strangers[0]!r}; {mend}")
 
 
 def read_adapters(directory: Path, saved: dict) -> list[Adapter]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,7 +79,8 @@ class MeteoraModel(nn.Module):
         self._was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
         self.layers: dict[str, MeteoraLinear] = {}
-        self._recomputed: list[nn.Module] = []  # the decoder layers, while their activations are
+        self._recomputed: dict[nn.Module, Any] = {}  # decoder layer -> its own forward before, if it had one
+        self._recomputing: dict | None = None  # how activations are recomputed, if they are
         for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
             self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
         link_siblings(self.layers)
@@ -267,6 +269,7 @@ class MeteoraModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Take the layers out again and return the base model as it was."""
+        self.activation_checkpointing_disable()
         for module, layer in self.layers.items():
             parent, _, child = module.rpartition(".")
             setattr(self.base_model.get_submodule(parent), child, layer.base_layer)
@@ -309,32 +312,64 @@ class MeteoraModel(nn.Module):
         self.base_model.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
-        """Recompute every decoder layer in the backward pass, instead of keeping what it needs.
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute decoder layers in the backward pass, instead of keeping what it needs.
 
-        transformers' own switch works in training mode only, in which the base model never is. The arguments are those
-        of ``torch.utils.checkpoint``, always without re-entering: nothing below the first gate has a gradient.
+        transformers' own switch, whose arguments these are, works in training mode only, in which the base model never
+        is. ``use_reentrant`` is always False, as nothing before the first gate has a gradient.
+
+        Raises:
+            ValueError: for ``offload``, which there is not, or a model without such layers.
         """
+        if offload:
+            raise ValueError("activations cannot be offloaded here; leave offload out, and they are recomputed alone.")
         layers = [module for module in self.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
-            raise ValueError(
-                f"{type(self.base_model).__name__} has no layers to checkpoint; set gradient_checkpointing=False."
-            )
-        options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        self.gradient_checkpointing_disable()
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, **options)
-        self._recomputed = layers
+            raise ValueError(f"{type(self.base_model).__name__} has no layers that could be recomputed; leave it off.")
+        self.activation_checkpointing_disable()
+        kwargs = activation_checkpointing_kwargs or {}
+        self._recomputing = {"activation_checkpointing_kwargs": kwargs, "every_n_layers": every_n_layers}
+        options = {**kwargs, "use_reentrant": False}
+        for layer in layers[::every_n_layers]:
+            self._recomputed[layer] = vars(layer).get("forward")  # accelerate's hooks are of that kind
+            layer.forward = partial(_recompute, layer.forward, options)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep again what :meth:`gradient_checkpointing_enable` let go."""
-        for layer in self._recomputed:
+    def activation_checkpointing_disable(self) -> None:
+        """Keep again what :meth:`activation_checkpointing_enable` let go."""
+        for layer, before in self._recomputed.items():
             del layer.forward
-        self._recomputed = []
+            if before is not None:
+                layer.forward = before
+        self._recomputed, self._recomputing = {}, None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
+        """The former name of :meth:`activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return bool(self._recomputed)
+
+    is_gradient_checkpointing = is_activation_checkpointing
+
+    @contextmanager
+    def activation_checkpointing(self, wanted: bool) -> Iterator[None]:
+        """Inside, decoder layers are recomputed, or not; afterwards it is as before."""
+        before = self._recomputing
+        if wanted and before is None:
+            self.activation_checkpointing_enable()
+        elif not wanted:
+            self.activation_checkpointing_disable()
+        try:
+            yield
+        finally:
+            self.activation_checkpointing_disable()
+            if before is not None:
+                self.activation_checkpointing_enable(**before)
 
     def forward(self, *args, **kwargs):
         """The base model's forward and output; its ``loss`` is the language-modelling loss alone."""
@@ -415,6 +450,15 @@ class MeteoraModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _recompute(forward: Callable, options: Mapping, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # The backward pass would write to a cache once more.
+    without = {"use_cache": False, "past_key_values": None, "past_key_value": None, "layer_past": None}
+    kwargs |= {name: value for name, value in without.items() if name in kwargs}
+    return checkpoint(forward, *args, **options, **kwargs)
 
 
 def _load_base(base_model: nn.Module | str | Path) -> nn.Module:

@@ -205,13 +205,15 @@ class Siblings:
         if capturing or layer not in layers or len(kinds) > 1:
             return False
         with torch.inference_mode(False), torch.no_grad():
-            packed, before = torch.cat([pack(A, gate) for A, gate in weights]), self._packed
-            # In the same memory, if it can be, where graphs that read it find the new values.
-            if before is None or (before.shape, before.dtype, before.device) != (packed.shape, packed.dtype, packed.device):
-                self._packed = packed
+            packed = [pack(A, gate) for A, gate in weights]
+            before = zip(weights, packed, self._parts)  # no parts at first
+            if self._parts and all(A.data_ptr() == p.data_ptr() and new.shape == p.shape for (A, _), new, p in before):
+                # The adapters lie where they were packed. So shall the gates, where graphs that read both find them.
+                for (A, _), new, part in zip(weights, packed, self._parts, strict=True):
+                    part[len(A) :] = new[len(A) :]
             else:
-                before.copy_(packed)
-            self._parts = list(self._packed.chunk(len(weights)))
+                self._packed = torch.cat(packed)
+                self._parts = list(self._packed.chunk(len(weights)))
             for sibling, part in zip(layers, self._parts, strict=True):
                 sibling.hold_packed(part)
         return True

@@ -71,6 +71,8 @@ def train_gates(
         found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not config)
         done = len(history)
         history += [{**row, "step": done + row["step"]} for row in found]
+    for layer in model.layers.values():
+        layer.forget_packed()  # a compiled model does not look whether the gates are others
     model.state.untrained -= {model.adapter_names[task] for task in _tasks_of(stages)}
     accelerator = runs[-1].accelerator
     if output_dir is not None and accelerator.is_main_process:
@@ -100,6 +102,7 @@ def _forget_prototypes(model: MeteoraModel) -> None:
     """Rows whose sign means nothing (:mod:`meteora.arrow`) are no beginning for a linear gate; it starts at zero."""
     if model.state.absolute_logits:
         model.state.absolute_logits = False
+        model.state.untrained = set(model.adapter_names)
         for layer in model.layers.values():
             layer.gate.weight.zero_()
 
@@ -121,7 +124,7 @@ class _GateTrainer:
         compiled = worth_compiling(model, run.device) and not recomputed
         with (
             _trainable(self.gates),
-            _checkpointing(model, recomputed),
+            model.activation_checkpointing(recomputed),
             training_passes(model, run, "train_gates", self._pass, wanted=not recomputed) as self.passes,
             compiled_layers(model, compiled and not self.passes.recorded),
         ):
@@ -249,15 +252,3 @@ def _observed(model: MeteoraModel, observer: _GateLoss) -> Iterator[None]:
         yield
     finally:
         model.state.gate_observer = None
-
-
-@contextmanager
-def _checkpointing(model: MeteoraModel, wanted: bool) -> Iterator[None]:
-    """Recompute every decoder layer in the backward pass, or keep what it needs, whatever the model does otherwise."""
-    before = model.is_gradient_checkpointing
-    switches = {True: model.gradient_checkpointing_enable, False: model.gradient_checkpointing_disable}
-    switches[wanted]()
-    try:
-        yield
-    finally:
-        switches[before]()

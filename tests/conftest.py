@@ -27,6 +27,12 @@ torch.set_num_threads(1)
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Whatever ran before, a test draws the same numbers."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def products_add_up_one_by_one():
     """In Triton's interpreter a sum depends neither on the CPU nor on the matrices' sizes, as it does not on a GPU.

@@ -202,6 +202,15 @@ def test_shares_are_all_of_the_variants_and_each_once(ablations, monkeypatch):
     assert shares[0] == ["few 0", "many 1", "many 4"]
 
 
+def test_shares_want_the_reference_first(tmp_path, workspace, whole, caplog):
+    mine = copied(workspace, tmp_path)
+    options = ["--profile", str(tmp_path / "smoke.yaml"), "--time-limit", "-1", "--share", "1/2"]
+    assert ablation_studies.main(options) == 0
+    shutil.rmtree(mine.artifacts / "ablations" / "reference")
+    assert ablation_studies.main(options) == 2
+    assert "every share needs the reference; run this with --studies reference" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b"])
 def test_what_is_no_share_is_told(text, capsys):
     with pytest.raises(SystemExit):

@@ -89,6 +89,13 @@ def test_an_added_adapter_needs_no_training_either(core, tiny_llama, mixed_adapt
     torch.testing.assert_close(logits(grown, core.tokens()), logits(whole, core.tokens()))
 
 
+def test_what_no_training_has_seen_is_untrained(core, tiny_llama, mixed_adapters):
+    adapters = {"one": mixed_adapters["one"], "two": mixed_adapters["three"]}
+    model = MeteoraModel.from_adapters(tiny_llama, adapters, gates="arrow")
+    train_gates(model, core.rows(["one"]), GateTrainingConfig(max_steps=2), tokenizer=core.Tokenizer())
+    assert model.state.untrained == {"two"} and "never trained for 'two'" in model.state.warning
+
+
 @pytest.mark.parametrize("objective", ["joint", "gate"])
 def test_training_starts_anew(core, tiny_llama, mixed_adapters, objective):
     adapters = {"one": mixed_adapters["one"], "two": mixed_adapters["three"]}

@@ -151,9 +151,21 @@ def test_broken_checkpoints_are_named(model, base, tmp_path):
     refused("has no gates.safetensors")
 
 
+@pytest.mark.parametrize("warned", [False, True])
+def test_a_checkpoint_of_the_former_format_is_read(base, model, tmp_path, warned):
+    model.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "meteora_config.json"
+    saved = json.loads(file.read_text())
+    del saved["untrained"]
+    file.write_text(json.dumps({**saved, "format": 1, "warning": "never trained" if warned else None}))
+    again = MeteoraModel.from_pretrained(base, tmp_path / "m")
+    assert again.state.untrained == (set(model.adapter_names) if warned else set())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda saved: saved.update(untrained=["nobody"]), "has no usable 'untrained', as there is no adapter 'nobody'"),
         (lambda saved: saved.pop("adapters"), "has no usable 'adapters'"),
         (lambda saved: saved.pop("config"), "has no usable 'config'"),
         (lambda saved: saved.pop("untrained"), "has no usable 'untrained'"),

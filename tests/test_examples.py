@@ -104,9 +104,9 @@ def train_gates():
 
 
 def test_settings_are_json_or_plain_words(train_gates):
-    given = ["max_steps=3", "learning_rate=1e-2", "gradient_checkpointing=true", "objective=joint", 'balance="turn"']
+    given = ["max_steps=3", "learning_rate=1e-2", "gradient_checkpointing=true", "balance=turn"]
     assert train_gates.read_settings(given) == {
-        "max_steps": 3, "learning_rate": 0.01, "gradient_checkpointing": True, "objective": "joint", "balance": "turn",
+        "max_steps": 3, "learning_rate": 0.01, "gradient_checkpointing": True, "balance": "turn",
     }  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def test_rows_are_lines(train_gates, tmp_path):
         ("max_steps", "--set max_steps has no value; write it as in --set max_steps=300"),
         ("max_steps=abc", "--set max_steps=abc: 'abc' is not JSON, such as 300, 0.01, true or null"),
         ("gradient_checkpointing=False", "--set gradient_checkpointing=False: 'False' is not JSON"),
+        ("objective=joint", "--set objective=... has a name of its own; write --objective joint"),
         ("balance=word", "unknown balance 'word'; choose one of"),
         ('first={"max_steps": 3}', "first must be another GateTrainingConfig or None"),
         ("max_steps=3", "rows.jsonl, line 3 is not JSON"),

@@ -1,6 +1,7 @@
 """The model: what it refuses, how it generates, what its contexts do, and that it leaves the base model as it was."""
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import meteora
 from meteora import AdapterError, MeteoraConfig, MeteoraModel
@@ -253,25 +254,62 @@ def test_gates_stay_float32_whatever_the_rest_becomes(core, model, convert):
     assert logits(model, core.tokens()).isfinite().all()
 
 
-def test_gradient_checkpointing_in_a_training_loop_of_ones_own(core, model):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_activation_checkpointing_in_a_training_loop_of_ones_own(core, model, attention, padded):
     def gradient():
         calls.clear()
         model.zero_grad()
-        model(input_ids=core.tokens(), labels=core.tokens()).loss.backward()
+        model(input_ids=core.tokens(), labels=core.tokens(), attention_mask=mask).loss.backward()
         return len(calls), [layer.gate.weight.grad for layer in model.layers.values()]
 
-    calls = []
+    calls, mask = [], torch.ones_like(core.tokens())
+    mask[0, : 3 * padded] = 0
+    model.base_model.set_attn_implementation(attention)
     model.layers["model.layers.0.mlp.up_proj"].register_forward_hook(lambda *args: calls.append(1))
     model.train()
     once, expected = gradient()
     for _ in range(2):  # to ask twice is to ask once
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     twice, found = gradient()
-    assert (once, twice) == (1, 2) and model.is_gradient_checkpointing
+    assert (once, twice) == (1, 2) and model.is_gradient_checkpointing and model.is_activation_checkpointing
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b)
     model.gradient_checkpointing_disable()
     assert gradient()[0] == 1 and not model.is_gradient_checkpointing
+    model.activation_checkpointing_enable(every_n_layers=3)  # the first of two
+    with model.activation_checkpointing(False):
+        assert gradient()[0] == 1
+    assert gradient()[0] == 2 and model.is_activation_checkpointing
+    with pytest.raises(ValueError, match="cannot be offloaded"):
+        model.activation_checkpointing_enable(offload=True)
+
+
+def test_what_a_layer_called_its_forward_before_is_given_back(core, model):
+    """As accelerate's hooks call themselves, of a model on several devices."""
+    layer, calls = model.base_model.model.layers[0], []
+    before = layer.forward
+    layer.forward = lambda *args, **kwargs: calls.append(1) or before(*args, **kwargs)
+    hooked = layer.forward
+    model.activation_checkpointing_enable()
+    model(input_ids=core.tokens()).logits.sum().backward()
+    assert len(calls) == 2
+    base = model.unload()
+    assert vars(layer)["forward"] is hooked and "forward" not in vars(base.model.layers[1])
+
+
+def test_transformers_trainer_recomputes(core, model, tmp_path):
+    calls = []
+    model.layers["model.layers.0.mlp.up_proj"].register_forward_hook(lambda *args: calls.append(1))
+    rows = [{"input_ids": ids, "labels": ids} for ids in core.tokens()]
+    names = inspect.signature(TrainingArguments).parameters
+    recompute = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=3, remove_unused_columns=False, report_to=[], use_cpu=True,
+        save_strategy="no", **{recompute: True},
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert len(calls) == 2
 
 
 def test_what_is_no_config_or_carries_pefts_adapters_is_refused(base, mixed_adapters):

@@ -8,8 +8,9 @@ What they find is kept in ``artifacts/<profile>/ablations``, variant by variant,
 its end, also when the time is up, the command writes ``results/<profile>/metrics/ablations.csv`` with all that is kept.
 With ``--recorded FILE`` it begins with what such a file has of the present inputs, so that one machine can go on where
 another stopped: notebooks 01 and 02 leave the same adapters and gates on both, if their GPUs and packages are the same.
-On several GPUs each of four processes does every fourth variant (what they all need, study ``reference``, before them)::
+On several GPUs one process does study ``reference``, which all need, and then each of four does every fourth variant::
 
+    python -P -m meteora.study.ablation_studies --studies reference
     for n in 1 2 3 4; do CUDA_VISIBLE_DEVICES=$((n - 1)) python -P -m meteora.study.ablation_studies --share $n/4 & done; wait
 """
 
@@ -37,8 +38,10 @@ from meteora.study import (
 )
 from meteora.study.ablations import COLUMNS, Ablations, Variant
 from meteora.study.artifacts import ArtifactError, Workspace, set_up
+from meteora.study.locking import hold
 from meteora.study.measures import Row
 from meteora.study.profiles import ProfileError, load_profile
+from meteora.study.records import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,12 @@ def run_studies(
         found = ablations.run(name, [variant])
         logger.info("%s: %s\n%s", name, variant.name, _summary(found))
     return True
+
+
+def _require_reference(ablations: Ablations) -> None:
+    """All shares read the reference's answers, which one process must have left."""
+    if any(ablations.kept("reference", variant) is None for variant in STUDIES["reference"](ablations)):
+        raise ArtifactError("every share needs the reference; run this with --studies reference, and then in shares")
 
 
 def _read_share(text: str) -> tuple[int, int]:
@@ -133,12 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workspace = Workspace(load_profile(options.profile))
         if workspace.profile.ablations is None:
             raise ProfileError(f"profile {workspace.profile.name!r} has no section ablations; give it one")
-        ablations = Ablations(workspace, device=set_up(workspace.profile))
-        if options.recorded is not None:
-            take_recorded(ablations, options.recorded)
-        complete = run_studies(ablations, options.studies, time_limit=options.time_limit, share=options.share)
-        write_kept(ablations)
-    except (ProfileError, ArtifactError, DataError) as error:
+        with hold(workspace, together=True):
+            ablations = Ablations(workspace, device=set_up(workspace.profile))
+            if options.recorded is not None:
+                take_recorded(ablations, options.recorded)
+            if options.share[1] > 1:
+                _require_reference(ablations)
+            complete = run_studies(ablations, options.studies, time_limit=options.time_limit, share=options.share)
+            write_kept(ablations)
+    except (ProfileError, ArtifactError, RunError, DataError) as error:
         logger.error("error: %s", error)
         return 2
     logger.info("%s", "complete" if complete else "The time is up; the same command goes on where this one stopped.")

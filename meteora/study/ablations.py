@@ -12,6 +12,7 @@ gates and adapters were not trained on and from which the test samples are disjo
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -234,8 +235,9 @@ class Ablations:
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"recipe": recipe, "seconds": f"{seconds:.2f}", "peak_bytes": "" if peak is None else str(peak)}
         gates = {module: layer.gate.weight.detach().cpu().contiguous() for module, layer in model.layers.items()}
-        save_file(gates, path.with_suffix(".new"), metadata=facts)
-        path.with_suffix(".new").replace(path)
+        new = path.with_suffix(f".{os.getpid()}.new")  # processes with a share each may be at the same gates
+        save_file(gates, new, metadata=facts)
+        new.replace(path)
         return _with_first(before, TrainedGates(model.eval(), seconds, peak))
 
     # Rows -------------------------------------------------------------------------------------------------------------

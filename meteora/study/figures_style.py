@@ -46,8 +46,8 @@ BACKEND_LABELS = {
     "bmm": "bmm (gathered weights)",
     "dense": "dense (all adapters, masked)",
     "triton": "triton (fused kernels)",
-    "auto": "auto (whichever is best)",
-    "single_lora": "single_lora (one LoRA, the bound)",
+    "auto": "auto (triton on a GPU, else dense)",
+    "single_lora": "single_lora (one LoRA, by torch)",
     "base": "base (the frozen layer alone)",
 }
 _RC = {

@@ -164,7 +164,8 @@ def _whole_models(rows: pd.DataFrame) -> str:
         f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
         f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
         "model's, in CUDA graphs; entries with * compare runs without graphs, as the loop cannot be captured. The last two "
-        "columns are without graphs as well, as `model.generate` runs: Python then starts one kernel after the other."
+        "columns are without graphs as well, which is what to expect of `model.generate`: Python then starts one kernel after "
+        "the other."
     )
     twins = times[times["launch"] == "eager"].pivot_table("value", ["mode", "batch", "tokens"], "backend")
     if {"auto", "triton"} <= set(twins):
