@@ -175,16 +175,17 @@ def test_memory_is_left_out_that_was_not_measured():
 
 def test_ratios_are_to_one_lora_with_a_row_for_each_rank():
     rows = pd.concat([benchmark(), benchmark(rank=64)])
-    fused = pd.concat([rows, rows[rows["backend"] == "dense"].assign(backend="triton")])
-    figure = figures.benchmark_ratios(fused)
+    fused = [rows[rows["backend"] == "dense"].assign(backend=name) for name in ("triton", "auto")]
+    figure = figures.benchmark_ratios(pd.concat([rows, *fused]))
     assert [axes.get_title() for axes in figure.axes] == [f"{a} → {b}, rank {r}" for r in (8, 64) for a, b in SIZES]
     for axes in figure.axes:
-        assert line(axes, "loop").get_ydata().tolist() == [16, 16, 16]
-        assert line(axes, "dense").get_ydata().tolist() == [2, 2, 2]
+        assert line(axes, "dense").get_ydata().tolist() == line(axes, "triton").get_ydata().tolist() == [2, 2, 2]
+        assert not {"loop", "auto"} & {text.get_label().partition(" ")[0] for text in axes.get_lines()}
         heights = [float(line.get_ydata()[0]) for line in axes.get_lines() if len(set(line.get_xdata())) == 2]
         assert heights == [1, 1.15]
     assert "1.15x, the aim" in figure.get_suptitle()
     backward = figures.benchmark_ratios(benchmark(mode="backward"), "backward")
+    assert all(line(axes, "loop").get_ydata().tolist() == [16, 16, 16] for axes in backward.axes)
     assert "aim" not in backward.get_suptitle(), "the fused kernels' aim is not for the others"
     assert all(set(line.get_ydata()) != {1.3} for axes in backward.axes for line in axes.get_lines())
 

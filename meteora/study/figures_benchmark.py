@@ -128,10 +128,13 @@ def benchmark_over(
 def benchmark_ratios(benchmark: pd.DataFrame, mode: str = "forward", *, routing: str = "uniform") -> Figure:
     """Every strategy's time as a multiple of one LoRA's over the tokens: one column a layer size, one row a rank.
 
-    The dashed line is one LoRA itself, the dotted one what the fused kernels aim at, where they were measured.
+    The dashed line is one LoRA itself, the dotted one what the fused kernels aim at, where they were measured. There
+    ``auto`` is one of them, and has no line of its own; nor has the loop, beside which all others would be one.
     """
     frame = _layer_rows(benchmark, mode)
     frame = frame[(frame["metric"] == "time_us") & (frame["routing"] == routing)]
+    if (frame["backend"] == "triton").any():
+        frame = frame[~frame["backend"].isin(["auto", "loop"])]
     key = [column for column in NEEDED if column not in ("backend", "value", "launch")]
     one = frame[frame["backend"] == "single_lora"].set_index(key)["value"].rename("one")
     frame = frame.join(one, on=key)
