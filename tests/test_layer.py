@@ -193,6 +193,18 @@ def test_triton_refuses_what_it_would_compute_wrongly():
             layer(torch.randn(3, 6, dtype=dtype))
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "gate.weight", "base_layer.weight", "base_layer.bias"])
+def test_weights_are_found_wherever_a_module_keeps_them(name):
+    layer, _ = make_layer([2, 3])
+    expected = (layer.lora_A, layer.lora_B, layer.gate.weight, layer.base_layer.weight, layer.base_layer.bias)
+    assert all(a is b for a, b in zip(layer.weights(), expected, strict=True))
+    parent, _, child = name.rpartition(".")
+    module = layer.get_submodule(parent)
+    vars(module)[child] = module._parameters.pop(child).detach()
+    assert all(torch.equal(a, b) for a, b in zip(layer.weights(), expected, strict=True))
+    assert next(iter(set(map(id, layer.weights())) - set(map(id, expected)))) == id(vars(module)[child])
+
+
 @interpreted
 def test_triton_refuses_more_adapters_than_a_program_holds():
     layer, _ = make_layer([1] * 1100, features=4, out=3, backend="triton", top_k=1)
