@@ -81,7 +81,8 @@ def _check_settings(saved: dict, file: Path) -> None:
         for keys in (("name",), ("sha256",), ("directory", "source")):
             if not isinstance(entry, dict) or not any(isinstance(entry.get(key), str) for key in keys):
                 raise AdapterError(f"{file} has no usable {' or '.join(map(repr, keys))} of adapter {n}; {mend}")
-    strangers = [name for name in saved["untrained"] if name not in [entry["name"] for entry in saved["adapters"]]]
+    names = {entry["name"] for entry in saved["adapters"]}
+    strangers = [name for name in saved["untrained"] if name not in names]
     if strangers:
         raise AdapterError(f"{file} has no usable 'untrained', as there is no adapter {strangers[0]!r}; {mend}")
 

@@ -258,7 +258,7 @@ class MeteoraLinear(nn.Module):
             # An ordinary tensor even if this call is inference alone: what lora_A becomes may be trained through later.
             with torch.inference_mode(False), torch.no_grad():
                 # Those of siblings together, and at once: later they would have to move, and graphs that read them, fail.
-                if self.siblings is None or dtype != lora_A.dtype or not self.siblings.pack(self):
+                if self.siblings is None or dtype != lora_A.dtype or not self.siblings.pack_all(self):
                     self.hold_packed(pack(lora_A.to(dtype), gate))
         return self._packed
 

@@ -186,17 +186,16 @@ class Siblings:
 
         ``None`` if they are not kept so, and would have to be made while a CUDA graph is captured.
         """
-        for _ in range(2):  # one that is stale has all packed anew, also those that were asked before it
-            parts = [
-                layer.packed_weights(lora_A, gate, lora_A.dtype)
-                for layer, (lora_A, _, gate, *_) in zip(layers, weights, strict=True)
-            ]
-            if len(self._parts) == len(parts) and all(a is b for a, b in zip(parts, self._parts, strict=True)):
-                return self._packed
-        # Each packed for itself, before they were siblings.
-        return self._packed if all(part is not None for part in parts) and self.pack(layers[0]) else None
+        parts = [
+            layer.packed_weights(lora_A, gate, lora_A.dtype)
+            for layer, (lora_A, _, gate, *_) in zip(layers, weights, strict=True)
+        ]
+        if len(self._parts) == len(parts) and all(a is b for a, b in zip(parts, self._parts, strict=True)):
+            return self._packed
+        # Some were stale, so that all were packed anew after others had been asked; or these are copies of siblings.
+        return self._packed if all(part is not None for part in parts) and self.pack_all(layers[0]) else None
 
-    def pack(self, layer: MeteoraLinear) -> bool:
+    def pack_all(self, layer: MeteoraLinear) -> bool:
         """Pack the weights of all layers; ``False`` if ``layer`` is none of them, or they are not alike."""
         layers = self.layers
         weights = [(sibling.lora_A, sibling.gate.weight) for sibling in layers]

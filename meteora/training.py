@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.attention import one_row_of
-from meteora.batches import IGNORE, Batch, Sample, by_task, encode
+from meteora.batches import IGNORE, MIXED, Batch, Sample, by_task, encode
 from meteora.checkpoint import check_free_for_checkpoint
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import GateTrainingConfig
@@ -73,7 +73,7 @@ def train_gates(
         history += [{**row, "step": done + row["step"]} for row in found]
     for layer in model.layers.values():
         layer.forget_packed()  # a compiled model does not look whether the gates are others
-    model.state.untrained -= {model.adapter_names[task] for task in _tasks_of(stages)}
+    model.state.untrained -= {model.adapter_names[task] for _, groups in stages for task in _tasks_of(groups)}
     accelerator = runs[-1].accelerator
     if output_dir is not None and accelerator.is_main_process:
         model.save_pretrained(output_dir)
@@ -92,9 +92,10 @@ def samples_of_stages(
     return [(stage, encoded(stage.max_length)) for stage in config.stages()]
 
 
-def _tasks_of(stages: Iterable[tuple[GateTrainingConfig, Mapping[int, Sequence[Sample]]]]) -> set[int]:
+def _tasks_of(groups: Mapping[int, Sequence[Sample]]) -> set[int]:
     """Every task that some token of the samples belongs to."""
-    return {task for _, groups in stages for samples in groups.values() for sample in samples for task in sample.tasks}
+    mixed = (set(sample.tasks) for sample in groups.get(MIXED, ()))
+    return set(groups).difference({MIXED}).union(*mixed)
 
 
 @torch.no_grad()

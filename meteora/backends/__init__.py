@@ -35,8 +35,9 @@ def resolve(backend: str, device_type: str) -> str:
 
     ``auto`` is ``triton`` on a GPU and ``dense`` elsewhere, whatever the sizes, so that a compiled model needs no other
     rule. On an H100 ``triton`` was more than 3% behind another in 8 of 532 settings: behind ``bmm``, by 7 to 9%, in the
-    backward pass of a single token with adapters of rank 64 (results/smollm2/metrics/benchmark.csv). On a CPU ``bmm`` may be the faster one for few tokens of many adapters;
-    name it there. Where Triton is missing on a GPU ``auto`` falls back to ``dense``, and says so once.
+    backward pass of a single token with adapters of rank 64 (results/smollm2/metrics/benchmark.csv). On a CPU ``bmm``
+    may be the faster one for few tokens of many adapters; name it there. Where Triton is missing on a GPU ``auto`` falls
+    back to ``dense``, and says so once.
 
     Raises:
         ValueError: for a name that is none.

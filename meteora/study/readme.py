@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -53,24 +53,30 @@ def profiles_block() -> str:
     return to_markdown(pd.DataFrame(rows, columns=["profile", "what", "needs", "memory", "disk", "time"]))
 
 
+def _recorded(results: Path, file: str) -> Iterator[tuple[str, Path]]:
+    """The profiles whose run left this file among its metrics, and the file; the largest run first."""
+    for name in reversed(ORDER):
+        path = results / name / "metrics" / file
+        if path.is_file():
+            yield name, path
+
+
 def summary_block(results: Path = RESULTS) -> str:
     """Two sentences: what the largest recorded run says of quality, and of one layer's time."""
     parts = []
-    for name in reversed(ORDER):
-        path = results / name / "metrics" / "independent.csv"
-        if path.is_file():
-            means = method_means(pd.read_csv(path))
-            means = means[means["metric"] == "accuracy"].set_index("method")
-            said = {
-                "meteora_top2": "by MeteoRA (top-2), told nothing", "peft": "by the right adapter, named by hand",
-                "lora_b": "by one LoRA for all tasks",
-            }  # fmt: skip
-            values = [f"{means.loc[method, 'value']:.3f} {words}" for method, words in said.items() if method in means.index]
-            parts.append(
-                f"**What came out**: accuracy in profile `{name}`, {load_profile(name).model.source} with "
-                f"{means['tasks'].max()} tasks ([more](#results)): {', '.join(values)}."
-            )
-            break
+    for name, path in _recorded(results, "independent.csv"):
+        means = method_means(pd.read_csv(path))
+        means = means[means["metric"] == "accuracy"].set_index("method")
+        said = {
+            "meteora_top2": "by MeteoRA (top-2), told nothing", "peft": "by the right adapter, named by hand",
+            "lora_b": "by one LoRA for all tasks",
+        }  # fmt: skip
+        values = [f"{means.loc[method, 'value']:.3f} {words}" for method, words in said.items() if method in means.index]
+        parts.append(
+            f"**What came out**: accuracy in profile `{name}`, {load_profile(name).model.source} with "
+            f"{means['tasks'].max()} tasks ([more](#results)): {', '.join(values)}."
+        )
+        break
     path = results / KERNELS_RUN / "metrics" / "benchmark.csv"
     if path.is_file():
         ratios = _layer_ratios(path)
@@ -133,9 +139,8 @@ def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float], gues
 
 def speed_block(results: Path = RESULTS) -> str:
     """How much longer a whole decoder takes with its adapters, by strategy; of the largest recorded run that timed one."""
-    for name in reversed(ORDER):
-        path = results / name / "metrics" / "benchmark.csv"
-        rows = read_rows(path) if path.is_file() else pd.DataFrame({"workload": []})
+    for _, path in _recorded(results, "benchmark.csv"):
+        rows = read_rows(path)
         rows = rows[rows["workload"] == "model"]
         if len(rows):
             return _whole_models(rows)
@@ -177,10 +182,8 @@ def _whole_models(rows: pd.DataFrame) -> str:
 
 def training_block(results: Path = RESULTS) -> str:
     """How fast a whole model's gates are trained, and in what memory; of the largest recorded run that timed it."""
-    for name in reversed(ORDER):
-        path = results / name / "metrics" / training_speed.FILE
-        if path.is_file():
-            return _gate_training(pd.read_csv(path))
+    for _, path in _recorded(results, training_speed.FILE):
+        return _gate_training(pd.read_csv(path))
     return NO_RESULTS
 
 
@@ -314,8 +317,8 @@ def fill(text: str, blocks: dict[str, str] | None = None) -> str:
 def readme_blocks() -> dict[str, str]:
     """Name -> text of the generated blocks of README.md."""
     return {
-        "summary": summary_block(), "results": results_block(), "speed": speed_block(), "training": training_block(), "profiles": profiles_block(),
-        "claims": claims_block(),
+        "summary": summary_block(), "results": results_block(), "speed": speed_block(), "training": training_block(),
+        "profiles": profiles_block(), "claims": claims_block(),
     }  # fmt: skip
 
 
