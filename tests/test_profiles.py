@@ -112,7 +112,7 @@ def test_laptop_keeps_its_promises() -> None:
     laptop = load_profile("laptop")
     assert laptop.evaluation.test_samples >= 40
     assert laptop.gate_config().objective == "gate"
-    assert laptop.adapters.path == REPOSITORY / "results/smollm2/adapters"
+    assert laptop.adapters.path == REPOSITORY / "results/laptop/adapters"
     assert set(laptop.evaluation.methods) == {
         "base", "peft", "meteora_top1", "meteora_top2", "lora_b", "linear", "ties",
     }  # fmt: skip
