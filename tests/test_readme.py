@@ -12,6 +12,7 @@ import pytest
 
 import meteora
 from data_prep.base_models import load_base_model
+from data_prep.sources import SMOLLM2, cache_root
 from meteora.adapters import file_sha256
 from meteora.study.benchmark_rows import RowFile, make_row
 from meteora.study.profiles import REPOSITORY, load_profile
@@ -51,6 +52,15 @@ def test_a_record_has_the_digests_of_all_its_adapters_and_gates(profile: str) ->
     recorded, what = manifest["inputs"]["files"], "adapter_model.safetensors"
     assert {f"adapters/{task}/{what}" for task in manifest["profile"]["tasks"]} < set(recorded)
     assert "gates/gates.safetensors" in recorded
+
+
+def test_what_profile_smollm2_ships_is_what_it_trained() -> None:
+    folder = REPOSITORY / "results" / "smollm2"
+    recorded = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["inputs"]["files"]
+    paths = [*folder.glob("adapters/*/*.safetensors"), *folder.glob("gates/*.safetensors")]
+    here = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    assert len(here) == 22 + 2 + 1  # tasks, LoRA-B and LoRA-F, gates
+    assert here == {name: sha for name, sha in recorded.items() if not name.startswith("gates/adapters/")}
 
 
 def test_drift_is_noticed() -> None:
@@ -152,6 +162,19 @@ def test_results_block(tmp_path) -> None:
     assert "| A choice at random | 0.500 |" in block and "In 0 of 0 tasks" not in block
     assert f"| 3 (1 scored) | sequential | 16 | 15 | 0.50 | {ours} | {ours_at_1} | {other} |" in block
     assert interval_text(2.0, 1.5, 2.5, "correct") not in block  # attempted is another measure
+    rows = [
+        ("seeds", f"seed {seed}", method, "accuracy", task, value + seed / 100)
+        for seed in (0, 2)
+        for method, value in (("meteora_top2", 0.5), ("peft", 0.6))
+        for task in ("ALL", "winowhy")
+    ]
+    seeds = pd.DataFrame(rows, columns=["study", "variant", "method", "metric", "task", "value"])
+    seeds.query("variant == 'seed 0'").to_csv(metrics / "ablations.csv", index=False)
+    assert results_block(tmp_path) == block  # one seed has no spread
+    seeds.to_csv(metrics / "ablations.csv", index=False)
+    table = results_block(tmp_path)
+    assert "| method | seed 0 | seed 2 | mean and standard deviation |" in table
+    assert "| PEFT (told the task) | 0.600 | 0.620 | 0.610 ± 0.014 |\n| MeteoRA top-2 | 0.500 | 0.520 | 0.510 ±" in table
 
 
 def test_claims_come_from_the_largest_run_that_measured_them(tmp_path) -> None:
@@ -204,6 +227,18 @@ def test_example_runs(tmp_path, monkeypatch) -> None:
     assert again.adapter_names == ["sql", "summaries"]
     for call in re.findall(r"`model\.(\w+)\(", TEXT):
         assert hasattr(again, call), call
+
+
+def test_the_mixture_that_comes_with_the_repository_answers(monkeypatch, capsys) -> None:
+    if not (cache_root() / "models").exists() and not (cache_root() / "downloads" / SMOLLM2.filename).exists():
+        pytest.skip(f"{SMOLLM2.filename} is not in {cache_root()}; a run of the study puts it there")
+    monkeypatch.chdir(REPOSITORY)
+    example = TEXT.split("## The mixture that comes with it")[1].split("```python")[1].split("```")[0]
+    variables: dict = {}
+    exec(compile(example, "README.md", "exec"), variables)
+    assert capsys.readouterr().out.split("[/INST]\n")[1].startswith("three<")
+    [(name, most), *_] = variables["first"].most_common()
+    assert name == "object_counting" and most > 0.85 * variables["first"].total()
 
 
 def test_commands_are_those_of_the_script_and_the_examples() -> None:

@@ -102,10 +102,25 @@ def results_block(results: Path = RESULTS) -> str:
             if guessing is not None and "peft" in set(independent["method"]):
                 few, tasks = tasks_at_a_guess(guessing, independent)
                 parts.append(f"In {few} of {tasks} tasks PEFT's interval reaches down to the better of the two guesses.\n")
+        if (metrics / "ablations.csv").is_file():
+            parts.append(_seeds(pd.read_csv(metrics / "ablations.csv")))
         if (metrics / "composite.csv").is_file():
             temperatures = load_profile(name).composite.temperature
             parts.append(_composites(pd.read_csv(metrics / "composite.csv"), temperatures, guessing))
-    return "\n".join(parts) or NO_RESULTS
+    return "\n".join(part for part in parts if part) or NO_RESULTS
+
+
+def _seeds(ablations: pd.DataFrame) -> str:
+    """One row a method, one column a seed: how far a mean moves if all is trained again; nothing if it was not."""
+    rows = ablations[(ablations["study"] == "seeds") & (ablations["metric"] == "accuracy") & (ablations["task"] == "ALL")]
+    means = rows.pivot(index="method", columns="variant", values="value")
+    if len(means.columns) < 2:
+        return ""
+    means = means.loc[in_order(means.index)].rename(index=label)
+    named = means[sorted(means.columns)].map("{:.3f}".format).rename_axis(columns=None)
+    named["mean and standard deviation"] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means.mean(axis=1), means.std(axis=1))]
+    caption = f"Everything trained {len(means.columns)} times, with other seeds (accuracy on the same test samples):"
+    return to_markdown(named.rename_axis("method").reset_index(), caption)
 
 
 def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float], guessing: pd.DataFrame | None) -> str:
