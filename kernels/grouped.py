@@ -72,9 +72,9 @@ def _add(
 ) -> None:  # fmt: skip
     listed = lists.adapters.shape[1] > 0
     tiles = sort(indices, counts, found.starts, HEIGHT, lists.slots if listed else None)
-    sorted_s = shrink_tiles(x, A, weights, tiles, found)
+    sorted_s = shrink_tiles(x, A, tiles, found)
     if listed:
         listed_s = shrink_listed(x, A, indices, weights, lists, found)
-    expand_tiles(y, sorted_s, B, tiles, found)
+    expand_tiles(y, sorted_s, B, weights, tiles, found)
     if listed:
         expand_listed(y, listed_s, B, lists, found)

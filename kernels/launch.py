@@ -43,6 +43,11 @@ def on_its_device(function: Callable) -> Callable:
     return run
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """x with a last dimension of stride 1, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @functools.cache
 def _hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (9, 0)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from meteora.kernels import decode, gathered, grouped
 from meteora.kernels.expand import expand, expand_ref
-from meteora.kernels.launch import on_its_device
+from meteora.kernels.launch import dense_rows, on_its_device
 from meteora.kernels.packing import padded
 from meteora.kernels.route import mask, mask_ref, route, route_backward
-from meteora.kernels.shrink import shrink
+from meteora.kernels.shrink import mm_float32, shrink
 
 
 def gated_mix_ref(
@@ -36,21 +36,9 @@ def mix_ref(
     return expand_ref(y, mask_ref(x.float() @ A.float().t(), column_adapter, indices, weights), B)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    """x with a last dimension of stride 1, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _require_dense_rows(y: Tensor) -> None:
     if y.stride(-1) != 1 and y.shape[-1] > 1:
         raise ValueError(f"y has the strides {y.stride()}, but its rows must be dense; give y.contiguous().")
-
-
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result, as accumulated."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 # Inference: adds into y ----------------------------------------------------------------------------------------------
@@ -64,7 +52,7 @@ def _gated_mix_inplace(
     if not x.shape[0] or not column_adapter.shape[0]:
         return
     _require_dense_rows(y)
-    x, packed, B = _dense_rows(x), _dense_rows(packed), _dense_rows(B)
+    x, packed, B = dense_rows(x), dense_rows(packed), dense_rows(B)
     found = grouped.fits(x.shape[0], column_adapter, top_k)
     if found is not None:
         grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
@@ -125,7 +113,7 @@ def _mix_inplace(
     if not x.shape[0] or not column_adapter.shape[0]:
         return
     _require_dense_rows(y)
-    x, A, B = _dense_rows(x), _dense_rows(A), _dense_rows(B)
+    x, A, B = dense_rows(x), dense_rows(A), dense_rows(B)
     found = grouped.fits(x.shape[0], column_adapter, indices.shape[1])
     if found is not None:
         grouped.given(y, x, A, B, found, indices, weights)
@@ -186,12 +174,12 @@ def gated_mix(
         out (T, out), and for the backward pass: raw (T, R'), indices (T, k) int32, weights (T, k) float32.
     """
     T, R = len(x), len(column_adapter)
-    y, packed, B = _dense_rows(y), _dense_rows(packed), _dense_rows(B)
+    y, packed, B = dense_rows(y), dense_rows(packed), dense_rows(B)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     if not T or not R:
         out.copy_(y)
         return out, y.new_empty(0, padded(R)), y.new_empty(0, top_k, dtype=torch.int32), y.new_empty(0, top_k).float()
-    products = shrink(_dense_rows(x), packed)
+    products = shrink(dense_rows(x), packed)
     s, *kept = route(products, column_adapter, len(gate), top_k, temperature, dtype=B.dtype, keep=True)
     expand([y], s, [B], [out])
     return out, *kept
@@ -217,12 +205,12 @@ def mix(
     Returns:
         out (T, out), and for the backward pass raw (T, R').
     """
-    y, A, B = _dense_rows(y), _dense_rows(A), _dense_rows(B)
+    y, A, B = dense_rows(y), dense_rows(A), dense_rows(B)
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     if not len(x) or not len(column_adapter):
         out.copy_(y)
         return out, y.new_empty(0, padded(len(column_adapter)))
-    s, raw = mask(shrink(_dense_rows(x), A), column_adapter, indices, weights, dtype=B.dtype, keep=True)
+    s, raw = mask(shrink(dense_rows(x), A), column_adapter, indices, weights, dtype=B.dtype, keep=True)
     expand([y], s, [B], [out])
     return out, raw
 
@@ -282,7 +270,7 @@ def _backward_gated(ctx, dy, *_) -> tuple:
         t, _ = route_backward_op(dy @ B, raw, column_adapter, indices, weights, N, ctx.temperature)
         dx = t @ packed[: t.shape[1]] if needs_x else None
         dA = t[:, :R].t() @ x if needs_A else None
-        dgate = _mm_float32(t[:, R : R + N].t(), x) if needs_gate else None
+        dgate = mm_float32(t[:, R : R + N].t(), x) if needs_gate else None
     if needs_B:
         dB = dy.t() @ mask_op(raw, column_adapter, indices, weights)[:, :R]
     return dy, dx, dA, dB, dgate, None, None, None, None

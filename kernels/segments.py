@@ -23,13 +23,14 @@ class Segments:
     Attributes:
         starts: (count + 1,) int32 on the columns' device.
         count: one more than the last adapter that has columns.
-        widest: the largest rank.
+        widest, least: the largest rank, and the smallest, of the adapters that are counted.
         aligned: whether every segment starts at a multiple of ALIGNED, and ends there.
     """
 
     starts: Tensor
     count: int
     widest: int
+    least: int
     aligned: bool
 
 
@@ -56,6 +57,7 @@ def _find(column_adapter: Tensor) -> Segments | None:
         starts=starts.to(column_adapter.device, torch.int32),
         count=len(ranks),
         widest=int(ranks.max()),
+        least=int(ranks.min()),
         aligned=not bool((starts % ALIGNED).any()),
     )
 

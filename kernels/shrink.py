@@ -55,10 +55,11 @@ def _shrink(
     tl.store(out, total, mask=(token < T)[:, None] & (column < C)[None, :])
 
 
-def _product(x: Tensor, W: Tensor) -> Tensor:
-    if x.dtype == torch.float32 or not x.is_cuda:
-        return torch.mm(x.float(), W.t().float()).unsqueeze(0)
-    return torch.mm(x, W.t(), out_dtype=torch.float32).unsqueeze(0)
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result, as accumulated."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def shrink(x: Tensor, W: Tensor, layers: int = 1) -> Tensor:
@@ -72,7 +73,7 @@ def shrink(x: Tensor, W: Tensor, layers: int = 1) -> Tensor:
     each = C // layers
     narrow = each <= NARROW and x.element_size() == 2
     if T > FEW_TOKENS and not narrow:
-        return _product(x, W)
+        return mm_float32(x, W.t()).unsqueeze(0)
     if T <= 16:
         BT, BC, BK, warps, stages, least = 16, 16, 128, 2, 4, 256
     elif T <= FEW_TOKENS:

@@ -4,6 +4,9 @@ A tile's tokens lie anywhere in x and y, whose rows are read and written where t
 two products, lies in the order of the tiles. Within one choice of adapters every token occurs once, so what is added
 to its row of y by one launch is added by one program, and the choices' launches follow one another.
 
+The gradient of x is the same two products, of the gradient of y with B and then with A: so both take either, as the
+other's transpose.
+
 Many programs may have no tile. From `shrink_tiles` on they see that and end while the kernel ahead is still running:
 what they read for it comes from `sort`, or for :mod:`meteora.kernels.listed` from `choose`, which have ended by then.
 Such reads go past the first-level cache (`.cg`), which is sure to be fresh only once a kernel has waited.
@@ -25,29 +28,28 @@ from meteora.kernels.sort import Tiles
 PROGRAMS = 400  # of shrink, which tiles are cut along the inner dimension not to exceed
 
 
-def shrink_tiles_ref(x: Tensor, A: Tensor, weights: Tensor, tiles: Tiles, starts: Tensor, width: int) -> Tensor:
+def shrink_tiles_ref(x: Tensor, A: Tensor, tiles: Tiles, starts: Tensor, width: int) -> Tensor:
     """What :func:`shrink_tiles` computes, in plain torch and float32; zero in rows without a token."""
     s = torch.zeros(tiles.tokens.numel(), width, device=x.device)
-    for choice, tile, tokens, rows in _filled(tiles):
+    for choice, tile, tokens, rows in filled(tiles):
         n = tiles.adapter[choice, tile]
         own = A[starts[n] : starts[n + 1]].float()
-        product = x[tokens].float() @ own.t()
-        weight = weights[tokens, choice].unsqueeze(1)
-        s[rows, : len(own)] = torch.where(weight != 0, product * weight, 0)
+        s[rows, : len(own)] = x[tokens].float() @ own.t()
     return s
 
 
-def expand_tiles_ref(y: Tensor, s: Tensor, B: Tensor, tiles: Tiles, starts: Tensor) -> Tensor:
+def expand_tiles_ref(y: Tensor, s: Tensor, B: Tensor, weights: Tensor, tiles: Tiles, starts: Tensor) -> Tensor:
     """What :func:`expand_tiles` computes, in plain torch and float32 until the end."""
     total = y.float().clone()
-    for choice, tile, tokens, rows in _filled(tiles):
+    for choice, tile, tokens, rows in filled(tiles):
         n = tiles.adapter[choice, tile]
         own = B[:, starts[n] : starts[n + 1]].float()
-        total[tokens] += s[rows, : own.shape[1]].float() @ own.t()
+        weight = weights[tokens, choice].unsqueeze(1)
+        total[tokens] += torch.where(weight != 0, s[rows, : own.shape[1]].float() @ own.t() * weight, 0)
     return total.to(y.dtype)
 
 
-def _filled(tiles: Tiles):
+def filled(tiles: Tiles):
     """(choice, tile, its tokens, their rows in s) of all tiles that have tokens."""
     for choice, counts in enumerate(tiles.rows.tolist()):
         for tile, count in enumerate(counts):
@@ -76,12 +78,12 @@ def leave(OVERLAP: tl.constexpr):
             gdc_wait()
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _shrink_tiles(
-    x_ptr, a_ptr, weight_ptr, s_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, K, M, x_stride, a_stride, piece,
-    width, split_stride,
-    TOP_K: tl.constexpr, SPLIT: tl.constexpr, HEIGHT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, a_ptr, s_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, K, x_stride, a_stride, a_step, piece, width,
+    split_stride,
+    ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         # In this order, so that choose and sort have ended when any of the kernels that follow begins.
@@ -91,41 +93,40 @@ def _shrink_tiles(
     rows = tl.load(rows_ptr + tile)
     if rows == 0:
         return
-    start, rank = segment(start_ptr, tl.load(adapter_ptr + tile), 1)
+    start, rank = segment(start_ptr, tl.load(adapter_ptr + tile), ALIGNED_BY)
     column = tl.program_id(1) * BR
     if column >= rank:
         return
     row = tl.arange(0, HEIGHT)
     c = column + tl.arange(0, BR)
     k = tl.arange(0, BK)
-    # Rows and columns beyond the end repeat the last one instead of being masked.
+    # Rows beyond the end repeat the last one instead of being masked. So do columns, unless they lie side by side in
+    # memory: what lies there in a row is loaded 16 bytes at a time, if it is one.
     token = tl.load(token_ptr + tile * HEIGHT + tl.minimum(row, rows - 1)).to(tl.int64)
+    own = start + (c if SIDE_BY_SIDE else tl.minimum(c, rank - 1))
+    present = c < rank if SIDE_BY_SIDE else c >= 0
     first = split.to(tl.int64) * piece
     x = x_ptr + token[:, None] * x_stride + first + k[None, :]
-    a = a_ptr + (start + tl.minimum(c, rank - 1)).to(tl.int64)[None, :] * a_stride + first + k[:, None]
+    a = a_ptr + own.to(tl.int64)[None, :] * a_stride + (first + k)[:, None] * a_step
     total = tl.zeros((HEIGHT, BR), tl.float32)
     for begin in range(first, tl.minimum(first + piece, K), BK):
         if EVEN:
-            left, right = tl.load(x), tl.load(a)
+            left = tl.load(x)
+            right = tl.load(a, mask=present[None, :], other=0.0) if SIDE_BY_SIDE else tl.load(a)
         else:
             left = tl.load(x, mask=(begin + k)[None, :] < K, other=0.0)
-            right = tl.load(a, mask=(begin + k)[:, None] < K, other=0.0)
+            right = tl.load(a, mask=present[None, :] & ((begin + k)[:, None] < K), other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
         x += BK
-        a += BK
-    if not SPLIT:
-        # As in route: an adapter of weight zero adds nothing, even where its product is infinite.
-        weight = tl.load(weight_ptr + token * TOP_K + tile // M)[:, None]
-        total = tl.where(weight != 0, total * weight, 0.0)
+        a += BK * a_step
     s = s_ptr + split.to(tl.int64) * split_stride + (tile * HEIGHT + row).to(tl.int64)[:, None] * width
     tl.store(s + c[None, :], total.to(s_ptr.dtype.element_ty), mask=(c < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _sum_splits(
-    partial_ptr, weight_ptr, s_ptr, token_ptr, rows_ptr, M, width, split_stride,
-    SPLITS: tl.constexpr, TOP_K: tl.constexpr, HEIGHT: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    partial_ptr, s_ptr, rows_ptr, width, split_stride,
+    SPLITS: tl.constexpr, HEIGHT: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -137,24 +138,20 @@ def _sum_splits(
         return
     if OVERLAP:
         gdc_wait()
-    token = tl.load(token_ptr + tile * HEIGHT + tl.minimum(row, rows - 1)).to(tl.int64)
-    weight = tl.load(weight_ptr + token * TOP_K + tile // M)[:, None]
     c = tl.program_id(2) * BR + tl.arange(0, BR)
     there = (tile * HEIGHT + row).to(tl.int64)[:, None] * width + c[None, :]
     total = tl.zeros((BT, BR), tl.float32)
     for split in tl.static_range(SPLITS):
         total += tl.load(partial_ptr + there, mask=(c < width)[None, :], other=0.0)
         partial_ptr += split_stride
-    total = tl.where(weight != 0, total * weight, 0.0)
     tl.store(s_ptr + there, total.to(s_ptr.dtype.element_ty), mask=(c < width)[None, :])
 
 
-def shrink_tiles(x: Tensor, A: Tensor, weights: Tensor, tiles: Tiles, segments: Segments) -> Tensor:
-    """Each token times its adapter's rows of A, times the adapter's weight.
+def shrink_tiles(x: Tensor, A: Tensor, tiles: Tiles, segments: Segments) -> Tensor:
+    """Each token times its adapter's rows of A.
 
     Args:
-        x: (T, in).  A: (R, in).  One dtype, last dimensions dense.
-        weights: (T, k) float32, dense.
+        x: (T, in), last dimension dense.  A: (R, in), either dimension dense.  One dtype.
 
     Returns:
         s (k * M * height, W) of x's dtype, W being the largest rank padded to a multiple of 16: the tiles' rows in
@@ -168,25 +165,28 @@ def shrink_tiles(x: Tensor, A: Tensor, weights: Tensor, tiles: Tiles, segments: 
     piece, splits = cut(K, max(1, min(8, PROGRAMS // (count * chunks), K // 512)), BK)
     s = x.new_empty(count * height, width)
     out = s if splits == 1 else x.new_empty(splits, count * height, width, dtype=torch.float32)
-    described = (tiles.tokens, tiles.adapter, tiles.rows, segments.starts)
-    options = {"TOP_K": tiles.tokens.shape[0], "HEIGHT": height, **overlap_options(x)}
+    options = {"HEIGHT": height, **overlap_options(x)}
+    # An A whose rows are dense is read row by row, where it makes no difference what multiple a row's number is.
+    side_by_side = A.stride(1) != 1
     _shrink_tiles[(count, chunks, splits)](
-        x, A, weights, out, *described, K, tiles.each, x.stride(0), A.stride(0), piece, width, s.numel(),
-        SPLIT=splits > 1, BR=BR, BK=BK, EVEN=K % BK == 0, num_warps=4, num_stages=stages, **options,
+        x, A, out, tiles.tokens, tiles.adapter, tiles.rows, segments.starts, K, x.stride(0), *A.stride(), piece, width,
+        s.numel(),
+        ALIGNED_BY=ALIGNED if side_by_side and segments.aligned else 1, BR=BR, BK=BK, EVEN=K % BK == 0,
+        SIDE_BY_SIDE=side_by_side, num_warps=4, num_stages=stages, **options,
     )  # fmt: skip
     if splits > 1:
         _sum_splits[(count, cdiv(height, 16), chunks)](
-            out, weights, s, tiles.tokens, tiles.rows, tiles.each, width, s.numel(),
-            SPLITS=splits, BT=16, BR=BR, num_warps=4, **options,
-        )  # fmt: skip
+            out, s, tiles.rows, width, s.numel(), SPLITS=splits, BT=16, BR=BR, num_warps=4, **options
+        )
     return s
 
 
-@triton.jit(do_not_specialize=["first_tile"])
+@triton.jit(do_not_specialize=["choice", "first_tile"])
 def _expand_tiles(
-    y_ptr, s_ptr, b_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, first_tile, OUT, y_stride, b_stride, width,
-    FIRST: tl.constexpr, ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    y_ptr, out_ptr, s_ptr, b_ptr, weight_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, choice, first_tile, OUT,
+    y_stride, out_stride, b_stride, b_step, width,
+    TOP_K: tl.constexpr, FIRST: tl.constexpr, ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr, BO: tl.constexpr,
+    BR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -204,13 +204,13 @@ def _expand_tiles(
     column = tl.program_id(0) % blocks * BO + tl.arange(0, BO)
     r = tl.arange(0, BR)
     token = tl.load(token_ptr + tile * HEIGHT + row, mask=row < rows, other=0, cache_modifier=".cg").to(tl.int64)
-    y = y_ptr + token[:, None] * y_stride + column[None, :]
+    weight = tl.load(weight_ptr + token * TOP_K + choice, cache_modifier=".cg")[:, None]
     inside = (row < rows)[:, None] & (column < OUT)[None, :]
-    before = tl.load(y, mask=inside, other=0.0)
+    before = tl.load(y_ptr + token[:, None] * y_stride + column[None, :], mask=inside, other=0.0)
     if OVERLAP and FIRST:
         gdc_wait()
     s = s_ptr + (tile * HEIGHT + row).to(tl.int64)[:, None] * width + r[None, :]
-    b = b_ptr + column.to(tl.int64)[None, :] * b_stride + start + r[:, None]
+    b = b_ptr + column.to(tl.int64)[None, :] * b_stride + (start + r).to(tl.int64)[:, None] * b_step
     total = tl.zeros((HEIGHT, BO), tl.float32)
     for begin in range(0, rank, BR):
         own = begin + r < rank
@@ -218,24 +218,35 @@ def _expand_tiles(
         right = tl.load(b, mask=own[:, None] & (column < OUT)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
         s += BR
-        b += BR
-    total += before.to(tl.float32)
-    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
+        b += BR * b_step
+    # As in route: an adapter of weight zero adds nothing, even where its product is infinite.
+    total = before.to(tl.float32) + tl.where(weight != 0, total * weight, 0.0)
+    out = out_ptr + token[:, None] * out_stride + column[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def expand_tiles(y: Tensor, s: Tensor, B: Tensor, tiles: Tiles, segments: Segments) -> Tensor:
-    """Add each tile's rows of s times its adapter's columns of B into its tokens' rows of y.
+def expand_tiles(
+    y: Tensor, s: Tensor, B: Tensor, weights: Tensor, tiles: Tiles, segments: Segments, out: Tensor | None = None, *,
+    early: bool = True,
+) -> Tensor:  # fmt: skip
+    """Add each tile's rows of s times its adapter's columns of B, times the adapter's weights, to its tokens' rows of y.
 
     Args:
-        y: (T, out), added into.  s: as :func:`shrink_tiles` gives it.  B: (out, R). Last dimensions are dense.
+        y: (T, out), last dimension dense.  s: as :func:`shrink_tiles` gives it.  B: (out, R), either dimension dense.
+        weights: (T, k) float32, dense.
+        out: as y, where the sums go, of the tokens that are in a tile of the first choice; by default to y itself.
+        early: no kernels but :func:`shrink_tiles` were started since those that made y.
     """
     OUT = y.shape[1]
     BO = 64 if y.element_size() == 4 else 128
+    out = y if out is None else out
     for choice in range(len(tiles.tokens)):
         _expand_tiles[(tiles.each * cdiv(OUT, BO),)](
-            y, s, B, tiles.tokens, tiles.adapter, tiles.rows, segments.starts, choice * tiles.each, OUT,
-            y.stride(0), B.stride(0), s.shape[1],
-            FIRST=choice == 0, ALIGNED_BY=ALIGNED if segments.aligned else 1, HEIGHT=tiles.height, BO=BO,
-            BR=block(s.shape[1], 64), num_warps=4, num_stages=2, **overlap_options(y),
+            y, out, s, B, weights, tiles.tokens, tiles.adapter, tiles.rows, segments.starts, choice,
+            choice * tiles.each, OUT, y.stride(0), out.stride(0), *B.stride(), s.shape[1],
+            TOP_K=weights.shape[1], FIRST=choice == 0, ALIGNED_BY=ALIGNED if segments.aligned else 1,
+            HEIGHT=tiles.height, BO=BO, BR=block(s.shape[1], 64), num_warps=4, num_stages=2,
+            **overlap_options(y, early or choice > 0),
         )  # fmt: skip
-    return y
+        y = out
+    return out

@@ -10,7 +10,21 @@ from torch._functorch.aot_autograd import make_boxed_func
 from meteora.backends import MIXERS
 from meteora.backends import triton as backend
 from meteora.gating import Routing
-from meteora.kernels import choose, decode, expand, gathered, grouped, launch, listed, ops, route, shrink, sort, tiles
+from meteora.kernels import (
+    choose,
+    decode,
+    expand,
+    gathered,
+    grouped,
+    grouped_training,
+    launch,
+    listed,
+    ops,
+    route,
+    shrink,
+    sort,
+    tiles,
+)
 from meteora.kernels.packing import gate_parts, pack, padded
 from meteora.kernels.segments import segments
 
@@ -544,13 +558,19 @@ def test_tiles_are_the_reference(tokens, features, out, ranks, k, dtype):
     indices, weights = (tensor.contiguous() for tensor in routing_of(tokens, len(ranks), k))
     found = segments(owner)
     sorted_tiles = tiles_of(indices, found, 16)
-    s = tiles.shrink_tiles(x, A, weights, sorted_tiles, found)
+    s = tiles.shrink_tiles(x, A, sorted_tiles, found)
     operands = (on_cpu(sorted_tiles), found.starts.cpu())
-    expected = tiles.shrink_tiles_ref(x.cpu(), A.cpu(), weights.cpu(), *operands, s.shape[1])
+    expected = tiles.shrink_tiles_ref(x.cpu(), A.cpu(), *operands, s.shape[1])
     defined = expected != 0
     close(torch.where(defined, s.cpu(), 0), expected, dtype)
-    wanted = tiles.expand_tiles_ref(y.cpu(), s.cpu(), B.cpu(), *operands)
-    close(tiles.expand_tiles(y, s, B, sorted_tiles, found), wanted, dtype)
+    wanted = tiles.expand_tiles_ref(y.cpu(), s.cpu(), B.cpu(), weights.cpu(), *operands)
+    close(tiles.expand_tiles(y.clone(), s, B, weights, sorted_tiles, found), wanted, dtype)
+    # Of the transposes, and into another tensor.
+    transposed = tiles.shrink_tiles(x, A.t().contiguous().t(), sorted_tiles, found)
+    close(torch.where(defined, transposed.cpu(), 0), expected, dtype)
+    out = y.clone()
+    tiles.expand_tiles(y, s, B.t().contiguous().t(), weights, sorted_tiles, found, out, early=False)
+    close(out, wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -657,6 +677,159 @@ def test_grouped_twice_is_the_same():
         grouped.gated(result, x, pack(A, gate), B, segments(owner), 6, 2)
         results.append(result)
     assert torch.equal(*results)
+
+
+# Gates trained over many columns --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GROUPED)
+def test_every_gradient_of_grouped(tokens, features, out, ranks, k, dtype):
+    y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
+    B, upstream = B.t().contiguous().t(), torch.randn(out, tokens, device=DEVICE).t()  # strides that kernels do not read
+    leaves, exact = ([t.clone().to(d).requires_grad_() for t in (y, x)] for d in (dtype, torch.float32))
+    gates = [gate.clone().requires_grad_() for _ in range(2)]
+    result = grouped_training.gated(*leaves, pack(A, gate), B, gates[0], segments(owner), k, 0.7)
+    expected = ops.gated_mix_ref(*exact, A.float(), B.float(), gates[1], owner, k, 0.7)
+    close(result, expected, dtype)
+    result.backward(upstream.to(dtype))
+    expected.backward(upstream)
+    for name, leaf, reference in zip(("y", "x", "gate"), (*leaves, gates[0]), (*exact, gates[1]), strict=True):
+        if name == "gate" and k == 1:
+            assert torch.equal(leaf.grad, torch.zeros_like(leaf)), "one choice has the weight 1 whatever its logit"
+        else:
+            close(leaf.grad, reference.grad, dtype, slack=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GROUPED)
+def test_every_gradient_of_grouped_with_a_given_routing(tokens, features, out, ranks, k, dtype):
+    y, x, A, B, _, owner = problem(tokens, features, out, ranks, dtype)
+    indices, weights = routing_of(tokens, len(ranks), k)
+    leaves = [t.clone().requires_grad_() for t in (y, x, weights)]
+    exact = [t.clone().float().requires_grad_() for t in (y, x, weights)]
+    upstream = torch.randn(tokens, out, device=DEVICE)
+    result = grouped_training.given(*leaves[:2], A, B, segments(owner), indices, leaves[2])
+    expected = ops.mix_ref(*exact[:2], A.float(), B.float(), owner, indices, exact[2])
+    close(result, expected, dtype)
+    result.backward(upstream.to(dtype))
+    expected.backward(upstream)
+    for leaf, reference in zip(leaves, exact, strict=True):
+        close(leaf.grad, reference.grad, dtype, slack=3)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("gate",), ("y",), ("y", "gate")])
+def test_grouped_makes_the_gradients_that_are_wanted(wanted):
+    y, x, A, B, gate, owner = problem(40, 48, 40, [4] * 12)
+    leaves = [tensor.requires_grad_(name in wanted) for name, tensor in zip(("y", "x", "gate"), (y, x, gate))]
+    grouped_training.gated(y, x, pack(A, gate.detach()), B, gate, segments(owner), 2).sum().backward()
+    made = [None if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    ops.gated_mix_ref(y, x, A, B, gate, owner, 2).sum().backward()
+    for gradient, leaf in zip(made, leaves, strict=True):
+        assert (gradient is None) == (leaf.grad is None)
+        if gradient is not None:
+            close(gradient, leaf.grad, slack=3)
+
+
+@pytest.mark.parametrize("tokens, features, out, ranks, k", GROUPED)
+def test_dots_of_tiles_are_the_reference(tokens, features, out, ranks, k):
+    _, _, _, _, _, owner = problem(tokens, features, out, ranks)
+    indices, found = routing_of(tokens, len(ranks), k)[0].contiguous(), segments(owner)
+    sorted_tiles = tiles_of(indices, found, 16)
+    a, b = torch.randn(2, sorted_tiles.tokens.numel(), padded(found.widest), device=DEVICE)
+    expected = grouped_training.dot_tiles_ref(a.cpu(), b.cpu(), tokens, on_cpu(sorted_tiles), found.starts.cpu())
+    close(grouped_training.dot_tiles(a, b, tokens, sorted_tiles, found), expected)
+
+
+@pytest.mark.parametrize("adapters, width, k", [(1, 16, 1), (28, 32, 2), (256, 256, 5), (300, 304, 300)])
+def test_the_way_back_through_the_choice(adapters, width, k):
+    indices, weights = (tensor.contiguous() for tensor in routing_of(37, adapters, k))
+    dweights = torch.randn(37, k, device=DEVICE)
+    expected = grouped_training.choose_backward_ref(dweights, indices, weights, width, 0.7)
+    result = grouped_training.choose_backward(dweights, indices, weights, width, 0.7, dtype=torch.float32)
+    assert torch.equal(result[:, adapters:], torch.zeros_like(result[:, adapters:]))
+    close(result, expected, slack=3)
+
+
+def test_where_gates_are_trained_over_sorted_tokens(grouped_at_any_size, monkeypatch):
+    """By the backend's functions, unless an adapter is trained too, or the columns are out of order, or it compiles."""
+    y, x, A, B, gate, owner = problem(40, 48, 40, [4] * 12)
+    went = []
+    for name in ("gated", "given"):
+        inner = getattr(grouped_training, name)
+        monkeypatch.setattr(grouped_training, name, lambda *args, inner=inner: went.append(inner) or inner(*args))
+    gate.requires_grad_()
+    indices, weights = routing_of(40, 12, 2)
+    gated = (y, x, A, B, gate)
+    backend.gated_mix(*gated, owner, 2).sum().backward()
+    backend.mix(y, x, A, B, owner, Routing(indices, weights.requires_grad_())).sum().backward()
+    assert len(went) == 2 and not grouped_at_any_size
+    backend.gated_mix(y, x, A.clone().requires_grad_(), B, gate, owner, 2).sum().backward()
+    backend.gated_mix(y, x, A, B, gate, owner.flip(0), 2).sum().backward()
+    torch.compile(backend.gated_mix, fullgraph=True, backend="aot_eager")(*gated, owner, 2).sum().backward()
+    with torch.no_grad():
+        backend.gated_mix(y, x, A, B, gate, owner, 2)
+    assert len(went) == 2 and len(grouped_at_any_size) == 1
+
+
+def test_training_over_sorted_tokens_twice_is_the_same():
+    y, x, A, B, gate, owner = problem(90, 1100, 640, [16] * 6)
+    results = []
+    for _ in range(2):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, gate)]
+        out = grouped_training.gated(y, leaves[0], pack(A, gate), B, leaves[1], segments(owner), 2)
+        out.square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_training_over_sorted_tokens_what_is_not_finite_stays_in_its_token(value):
+    y, x, A, B, gate, owner = problem(40, 24, 20, [4] * 9)
+    packed, found, others = pack(A, gate), segments(owner), torch.arange(40, device=DEVICE) != 2
+    results = []
+    for broken in (False, True):
+        own = x.clone()
+        if broken:
+            own[2] = value
+        own.requires_grad_()
+        out = grouped_training.gated(y, own, packed, B, gate, found, 2)
+        out.sum().backward()
+        results.append((out.detach()[others], own.grad[others]))
+        assert torch.isfinite(out).all() != broken
+    assert all(map(torch.equal, *results))
+
+
+@needs_gpu
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("features, out", [(4096, 4096), (1024, 8192), (8192, 512)])
+def test_training_over_sorted_tokens_in_a_graph_at_a_real_size(features, out, k):
+    """The backward pass alone is captured; it gives what it gives outside, time and again."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    y, x, A, B, gate, owner = problem(4000, features, out, [64] * 28, torch.bfloat16)
+    dy = torch.randn_like(y)
+    exact = [t.detach().float().requires_grad_(t is x or t is gate) for t in (y, x, A, B, gate)]
+    ops.gated_mix_ref(*exact, owner, k).backward(dy.float())
+    leaves = (x.requires_grad_(), gate.requires_grad_())
+    assert grouped_training.fits(4000, owner, k) is not None
+    result = backend.gated_mix(y, x, A, B, gate, owner, k)
+    expected = torch.autograd.grad(result, leaves, dy, retain_graph=True)
+    close(expected[0], exact[1].grad, torch.bfloat16, slack=3)
+    if k > 1:
+        close(expected[1], exact[4].grad, torch.bfloat16, slack=3)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        own = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+        result = backend.gated_mix(y, own[0], A, B, own[1], owner, k)
+        torch.autograd.grad(result, own, dy, retain_graph=True)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = torch.autograd.grad(result, own, dy, retain_graph=True)
+    for _ in range(20):
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))
 
 
 # Few adapters in a tile of consecutive tokens ------------------------------------------------------------------------

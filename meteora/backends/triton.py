@@ -34,11 +34,14 @@ def why_not(device_type: str) -> str | None:
 
 def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, routing: Routing) -> Tensor:
     """Add the mixture into y (T, out); see :mod:`meteora.backends` for the arguments."""
-    from meteora.kernels import ops  # not before it is needed: Triton may be missing
+    from meteora.kernels import grouped_training, ops  # not before it is needed: Triton may be missing
 
     _check_dtype(y)
     operands = (y, x, A, B, column_adapter, routing.indices, routing.weights)
     if _needs_gradient(y, x, A, B, routing.weights):
+        found = None if A.requires_grad or B.requires_grad else grouped_training.fits(len(x), column_adapter, routing.indices.shape[1])
+        if found is not None:
+            return grouped_training.given(y, x, A, B, found, routing.indices, routing.weights)
         return ops.mix(*operands)[0]
     return ops.mix_(*operands)
 
@@ -83,7 +86,7 @@ def gated_mix(
         widest: the largest out of the layers that get x: without gradients, the bits are those of `gated_mixes` then,
             up to 64 tokens.
     """
-    from meteora.kernels import ops
+    from meteora.kernels import grouped_training, ops
 
     _check_dtype(y)
     _check_adapters(len(gate))
@@ -92,6 +95,9 @@ def gated_mix(
     if _needs_gradient(y, x, A, B, gate):
         if absolute:
             raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")
+        found = None if A.requires_grad or B.requires_grad else grouped_training.fits(len(x), column_adapter, top_k)
+        if found is not None:
+            return grouped_training.gated(y, x, packed, B, gate, found, top_k, temperature)
         return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature)[0]
     options = {"absolute": absolute, "widest": widest}
     return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, **options)
