@@ -242,7 +242,7 @@ def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> 
                 f"adapter {name!r}: module {module!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; "
                 "expected (r, in) and (out, r)."
             )
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        if not (_finite(A) and _finite(B)):
             raise AdapterError(f"adapter {name!r}: module {module!r} holds NaN or infinite weights.")
         rank, alpha = (_module_option(config, option, module) for option in ("r", "lora_alpha"))
         if rank != A.shape[0]:
@@ -252,6 +252,11 @@ def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> 
             )
         modules[module] = LoraWeights(A, B, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     return modules
+
+
+def _finite(weights: torch.Tensor) -> bool:
+    """Whether all are. The extremes pass NaN on, and take a CPU a twentieth of the time of asking each number in bf16."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())
 
 
 def _module_option(config: dict, option: str, module: str) -> float:

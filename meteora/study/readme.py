@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from meteora.study import training_speed
+from meteora.study import loading_speed, training_speed
 from meteora.study.artifacts import write_text
 from meteora.study.benchmark_results import aims_table, side_by_side
 from meteora.study.benchmark_rows import read_rows
@@ -196,10 +196,26 @@ def _whole_models(rows: pd.DataFrame) -> str:
 
 
 def training_block(results: Path = RESULTS) -> str:
-    """How fast a whole model's gates are trained, and in what memory; of the largest recorded run that timed it."""
-    for _, path in _recorded(results, training_speed.FILE):
-        return _gate_training(pd.read_csv(path))
-    return NO_RESULTS
+    """How fast a whole model's gates are trained and its adapters loaded, and in what memory, where a run timed it.
+
+    Of either the largest recorded run.
+    """
+    parts = [
+        text(pd.read_csv(next(_recorded(results, file))[1]))
+        for file, text in ((training_speed.FILE, _gate_training), (loading_speed.FILE, _loading))
+        if any(_recorded(results, file))
+    ]
+    return "\n".join(parts) or NO_RESULTS
+
+
+def _loading(rows: pd.DataFrame) -> str:
+    first, value = rows.iloc[0], rows.set_index("metric")["value"]
+    return (
+        f"`from_adapters` puts {first['adapters']} adapters of rank {first['rank']}, {value['adapter_bytes'] / 1e9:.1f} GB in "
+        f"{first['dtype']}, from their files into a model of that shape within {value['seconds']:.1f} s, and takes at most "
+        f"{value['peak_bytes'] / value['adapter_bytes']:.1f} times their size of main memory meanwhile (on {first['device']}, "
+        f"PyTorch with {first['threads']} thread{'s' if first['threads'] > 1 else ''}).\n"
+    )
 
 
 def _gate_training(rows: pd.DataFrame) -> str:
