@@ -8,6 +8,8 @@ gave an adapter is <ds, s>, r numbers each, from which the logits' gradients fol
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ from meteora.kernels.tiles import expand_tiles, filled, segment, shrink_tiles
 
 def fits(tokens: int, column_adapter: Tensor, top_k: int) -> Segments | None:
     """The columns' segments where this way is the fast one, else ``None``; a compiler's graph has the other one."""
-    if tokens > grouped.MOST_TOKENS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or tokens > grouped.MOST_TOKENS:  # a compiler would keep what is asked before
         return None
     return grouped.fits(tokens, column_adapter, top_k)
 
@@ -43,11 +45,30 @@ def gated(
 
 
 @on_its_device
-def given(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, found: Segments, indices: Tensor, weights: Tensor
-) -> Tensor:
-    """y plus the mixture of a routing, indices (T, k) and weights (T, k) float32; differentiable in y, x and weights."""
+def given(y: Tensor, x: Tensor, A: Tensor, B: Tensor, found: Segments, indices: Tensor, weights: Tensor) -> Tensor:
+    """y plus the mixture of a routing, indices (T, k) and weights (T, k) float32; differentiable in y, x, weights."""
     return _Given.apply(y, x, weights, A, B, found, indices)
+
+
+class _Saved(NamedTuple):
+    """What a backward pass needs of its forward pass: x, the adapters, the routing, s, and the tiles.
+
+    Made of ``ctx.saved_tensors`` once in each backward pass: activation checkpointing lets nobody ask twice.
+    """
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    indices: Tensor
+    weights: Tensor
+    s: Tensor
+    tokens: Tensor
+    adapter: Tensor
+    rows: Tensor
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(self.tokens, self.adapter, self.rows, grouped.HEIGHT)
 
 
 class _Gated(torch.autograd.Function):
@@ -64,18 +85,19 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy) -> tuple:
-        x, packed, B, indices, weights = ctx.saved_tensors[:5]
         needs_y, needs_x, needs_gate = ctx.needs_input_grad[:3]
-        R, N = B.shape[1], ctx.num_adapters
         dx = dgate = None
         if needs_x or needs_gate:
-            ds, dweights = _backward(ctx, dy)
+            saved = _Saved(*ctx.saved_tensors)
+            x, packed, R, N = saved.x, saved.A, saved.B.shape[1], ctx.num_adapters
+            ds = _back_to_s(saved, dy, ctx.found)
+            dweights = dot_tiles(saved.s, ds, len(x), saved.tiles, ctx.found)
             # As many columns as the product wants, zeros at the end, against whatever is packed behind the gate.
             width = min(padded(N), len(packed) - R)
-            dlogits = choose_backward(dweights, indices, weights, width, ctx.temperature, dtype=x.dtype)
+            dlogits = choose_backward(dweights, saved.indices, saved.weights, width, ctx.temperature, dtype=x.dtype)
             if needs_x:
                 dx = dlogits @ packed[R : R + width]
-                _add(ctx, dx, ds)
+                _add(saved, dx, ds, ctx.found)
             if needs_gate:
                 dgate = mm_float32(dlogits[:, :N].t(), x)
         return dy if needs_y else None, dx, dgate, None, None, None, None, None
@@ -95,11 +117,14 @@ class _Given(torch.autograd.Function):
         needs_y, needs_x, needs_weights = ctx.needs_input_grad[:3]
         dx = dweights = None
         if needs_x or needs_weights:
-            ds, dweights = _backward(ctx, dy)
+            saved = _Saved(*ctx.saved_tensors)
+            ds = _back_to_s(saved, dy, ctx.found)
+            if needs_weights:
+                dweights = dot_tiles(saved.s, ds, len(dy), saved.tiles, ctx.found)
             if needs_x:
-                dx = torch.zeros_like(ctx.saved_tensors[0], memory_format=torch.contiguous_format)
-                _add(ctx, dx, ds)
-        return dy if needs_y else None, dx, dweights if needs_weights else None, None, None, None, None
+                dx = torch.zeros_like(saved.x, memory_format=torch.contiguous_format)
+                _add(saved, dx, ds, ctx.found)
+        return dy if needs_y else None, dx, dweights, None, None, None, None
 
 
 def _forward(
@@ -119,18 +144,14 @@ def _forward(
     return out
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """ds in the order of the tiles, and the weights' gradients (T, k) float32."""
-    x, _, B, indices, _, s, *described = ctx.saved_tensors
-    tiles = Tiles(*described, grouped.HEIGHT)
-    ds = shrink_tiles(dense_rows(dy), B.t(), tiles, ctx.found)
-    return ds, dot_tiles(s, ds, len(x), tiles, ctx.found)
+def _back_to_s(saved: _Saved, dy: Tensor, found: Segments) -> Tensor:
+    """ds in the order of the tiles, before the weights."""
+    return shrink_tiles(dense_rows(dy), saved.B.t(), saved.tiles, found)
 
 
-def _add(ctx, dx: Tensor, ds: Tensor) -> None:
+def _add(saved: _Saved, dx: Tensor, ds: Tensor, found: Segments) -> None:
     """Add what comes back through the adapters into dx (T, in)."""
-    _, A, B, _, weights, _, *described = ctx.saved_tensors
-    expand_tiles(dx, ds, A[: B.shape[1]].t(), weights, Tiles(*described, grouped.HEIGHT), ctx.found, early=False)
+    expand_tiles(dx, ds, saved.A[: saved.B.shape[1]].t(), saved.weights, saved.tiles, found, early=False)
 
 
 # The weights' gradients, and the logits' ------------------------------------------------------------------------------

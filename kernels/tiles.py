@@ -155,7 +155,8 @@ def shrink_tiles(x: Tensor, A: Tensor, tiles: Tiles, segments: Segments) -> Tens
 
     Returns:
         s (k * M * height, W) of x's dtype, W being the largest rank padded to a multiple of 16: the tiles' rows in
-        their order. Columns beyond the adapter's rank and rows without a token are undefined.
+        their order. Columns beyond the adapter's rank and rows without a token are undefined. In float16 what is
+        beyond 65,504 is infinite, as in PEFT.
     """
     K, count, height = x.shape[1], tiles.adapter.numel(), tiles.height
     width = padded(segments.widest)
@@ -229,7 +230,7 @@ def expand_tiles(
     y: Tensor, s: Tensor, B: Tensor, weights: Tensor, tiles: Tiles, segments: Segments, out: Tensor | None = None, *,
     early: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Add each tile's rows of s times its adapter's columns of B, times the adapter's weights, to its tokens' rows of y.
+    """Add each tile's rows of s times its adapter's columns of B, times the weights, to its tokens' rows of y.
 
     Args:
         y: (T, out), last dimension dense.  s: as :func:`shrink_tiles` gives it.  B: (out, R), either dimension dense.

@@ -1,11 +1,14 @@
 """The Triton kernels compute what their plain-torch references do: on a GPU if there is one, else interpreted."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils.checkpoint import checkpoint
 
 from meteora.backends import MIXERS
 from meteora.backends import triton as backend
@@ -783,6 +786,22 @@ def test_training_over_sorted_tokens_twice_is_the_same():
         out.square().sum().backward()
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     assert all(map(torch.equal, *results))
+
+
+def test_training_over_sorted_tokens_with_activation_checkpointing(grouped_at_any_size):
+    """Which lets a backward pass have what was saved for it once."""
+    y, x, A, B, gate, owner = problem(40, 48, 40, [4] * 12)
+    indices, weights = routing_of(40, 12, 2)
+    for of, own in (
+        (lambda x, gate: backend.gated_mix(y, x, A, B, gate, owner, 2), gate),
+        (lambda x, weights: backend.mix(y, x, A, B, owner, Routing(indices, weights)), weights),
+    ):
+        gradients = []
+        for through in (lambda f, *args: f(*args), functools.partial(checkpoint, use_reentrant=False)):
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, own)]
+            through(of, *leaves).square().sum().backward()
+            gradients.append([leaf.grad for leaf in leaves])
+        assert not grouped_at_any_size and all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

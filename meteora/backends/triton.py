@@ -39,7 +39,8 @@ def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, rout
     _check_dtype(y)
     operands = (y, x, A, B, column_adapter, routing.indices, routing.weights)
     if _needs_gradient(y, x, A, B, routing.weights):
-        found = None if A.requires_grad or B.requires_grad else grouped_training.fits(len(x), column_adapter, routing.indices.shape[1])
+        frozen = not (A.requires_grad or B.requires_grad)
+        found = grouped_training.fits(len(x), column_adapter, routing.indices.shape[1]) if frozen else None
         if found is not None:
             return grouped_training.given(y, x, A, B, found, routing.indices, routing.weights)
         return ops.mix(*operands)[0]
