@@ -256,7 +256,9 @@ def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> 
 
 def _finite(weights: torch.Tensor) -> bool:
     """Whether all are. The extremes pass NaN on, and take a CPU a twentieth of the time of asking each number in bf16."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())
+    if weights.numel() and weights.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weights = torch.stack(torch.aminmax(weights))
+    return bool(torch.isfinite(weights).all())
 
 
 def _module_option(config: dict, option: str, module: str) -> float:

@@ -72,7 +72,6 @@ class MeteoraModel(nn.Module):
             adapters=self.adapter_names,
             untrained=set(self.adapter_names),
         )
-        self._top_k_by_default = config.top_k is None
         get_mix(config.backend)
         for adapter in self._adapters:
             _check_fit(base_model, adapter)
@@ -233,7 +232,7 @@ class MeteoraModel(nn.Module):
 
         Its gate rows are zero until trained, by ``train_gates`` on data that includes its task; until then tokens choose
         it wherever that is more than the other rows have for them. Where the gates are Arrow's, its rows are too, and
-        nothing is left to train. The second adapter makes top_k 2, unless somebody has set it.
+        nothing is left to train. top_k stays what it is, 1 in a model of one adapter; see :meth:`set_top_k`.
         """
         if name in self.adapter_names:
             raise AdapterError(f"there is an adapter {name!r} already; choose another name.")
@@ -248,8 +247,6 @@ class MeteoraModel(nn.Module):
         link_siblings(self.layers)
         self._adapters[index] = _without_weights(adapter)
         self.state.adapters = self.adapter_names
-        if self._top_k_by_default:
-            self.state.top_k = min(2, len(self._adapters))
         if self.state.absolute_logits:
             set_prototypes(self.layers.values())
             return
@@ -296,7 +293,6 @@ class MeteoraModel(nn.Module):
     def set_top_k(self, top_k: int) -> None:
         """Mix the ``top_k`` best adapters per token and layer."""
         self.state.top_k = check_top_k(top_k, len(self._adapters))
-        self._top_k_by_default = False
 
     def set_temperature(self, temperature: float) -> None:
         """Divide the chosen logits by ``temperature`` before their softmax; above 1 the weights even out."""

@@ -134,18 +134,6 @@ def test_add_adapter_leaves_the_others_choices_alone(core, base, mixed_adapters)
         model.add_adapter("new", mixed_adapters["one"])
 
 
-@pytest.mark.parametrize("top_k, after", [(None, 2), (1, 1)])
-def test_the_second_adapter_is_mixed_in_unless_top_k_was_set(base, mixed_adapters, top_k, after):
-    first = {"one": mixed_adapters["one"]}
-    model = MeteoraModel.from_adapters(base, first, MeteoraConfig(top_k=top_k))
-    assert model.top_k == 1
-    model.add_adapter("two", mixed_adapters["one"])
-    assert model.top_k == after
-    model.set_top_k(1)
-    model.add_adapter("three", mixed_adapters["one"])
-    assert model.top_k == 1
-
-
 def test_an_added_adapter_is_saved(core, model, base, mixed_adapters, tmp_path):
     model.add_adapter("fifth", mixed_adapters["one"])
     model.save_pretrained(tmp_path / "m")

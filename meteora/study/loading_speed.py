@@ -95,7 +95,7 @@ def _most_memory(*, forget: bool = False) -> int:
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except OSError as error:
-        raise ArtifactError("the most memory that a process had is known on Linux alone; measure there.") from error
+        raise ArtifactError(f"the most memory that a process had is known on Linux alone; measure there ({error}).") from error
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 

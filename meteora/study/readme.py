@@ -113,11 +113,11 @@ def results_block(results: Path = RESULTS) -> str:
 def _seeds(ablations: pd.DataFrame) -> str:
     """One row a method, one column a seed: how far a mean moves if all is trained again; nothing if it was not."""
     rows = ablations[(ablations["study"] == "seeds") & (ablations["metric"] == "accuracy") & (ablations["task"] == "ALL")]
-    means = rows.pivot(index="method", columns="variant", values="value")
+    means = rows.pivot(index="method", columns="variant", values="value")[list(dict.fromkeys(rows["variant"]))]
     if len(means.columns) < 2:
         return ""
     means = means.loc[in_order(means.index)].rename(index=label)
-    named = means[sorted(means.columns)].map("{:.3f}".format).rename_axis(columns=None)
+    named = means.map("{:.3f}".format).rename_axis(columns=None)
     named["mean and standard deviation"] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means.mean(axis=1), means.std(axis=1))]
     caption = f"Everything trained {len(means.columns)} times, with other seeds (accuracy on the same test samples):"
     return to_markdown(named.rename_axis("method").reset_index(), caption)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from meteora.study.artifacts import NOTEBOOKS, Stage, Workspace, existing_stages
 from meteora.study.profiles import REPOSITORY
 
 PACKAGE_FOLDERS = {"meteora.kernels": "kernels", "meteora": "meteora", "data_prep": "data_prep"}
+FACTS = ("started", "seconds", "device", "git_revision", "versions")  # of a run of a notebook, beside what it was made from
 # Values of a profile that no result depends on.
 _NOT_INPUTS = ("root", "cache", "description", "needs")
 
@@ -173,6 +174,17 @@ class Records:
         write_json(self._path(stage), record)
         self._path(stage, ".started").unlink()
         return record
+
+    def adopt(self, stage: Stage, ran: Mapping[str, Any]) -> None:
+        """Note that a stage ran elsewhere, and that what it leaves is here: it need not run.
+
+        Args:
+            ran: what the manifest of that run says of it (`FACTS` and ``peak``).
+        """
+        what = {"notebook": stage.notebook} | {fact: ran.get(fact) for fact in FACTS}
+        self._path(stage, ".started").unlink(missing_ok=True)
+        write_json(self._path(stage, ".peak"), ran.get("peak"))
+        write_json(self._path(stage), what | {"inputs": self.inputs(stage), "outputs": [], "left": self._left(stage)})
 
     def forget(self, stages: Iterable[Stage]) -> None:
         """Remove the records of these stages, and the files they say were left."""

@@ -26,7 +26,7 @@ from meteora.study.artifacts import (
 from meteora.study.locking import hold
 from meteora.study.plan import describe
 from meteora.study.profiles import REPOSITORY, Profile, ProfileError, load_profile, profile_names
-from meteora.study.records import Records, RunError
+from meteora.study.records import FACTS, Records, RunError
 
 
 def select_stages(
@@ -147,9 +147,8 @@ def write_manifest(workspace: Workspace, records: Records) -> Path:
 
     Revision, versions and device stand there once more for each notebook, as not all may have been run by one command.
     """
-    facts = ("started", "seconds", "device", "git_revision", "versions")
     notebooks = {
-        stage.notebook: {key: ran.get(key) for key in facts} | {"peak": records.peak(stage)}
+        stage.notebook: {fact: ran.get(fact) for fact in FACTS} | {"peak": records.peak(stage)}
         for stage in existing_stages(records.notebooks)
         if (ran := records.read(stage)) is not None
     }

@@ -15,81 +15,168 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_prep.errors import DataError
 from data_prep.prepare import MANIFEST
 from data_prep.sources import BIGBENCH
-from meteora.adapters import AdapterError, adapter_directory
-from meteora.checkpoint import CARD_FILE, FORMAT, GATES_FILE, MODEL_FILE, read_adapters, read_settings
+from meteora.adapters import WEIGHTS_FILE, AdapterError, adapter_directory, file_sha256
+from meteora.checkpoint import CARD_FILE, FORMAT, GATES_FILE, MODEL_FILE, read_settings
 from meteora.files import atomic_directory
-from meteora.study.artifacts import ArtifactError, Workspace, write_json
+from meteora.study.artifacts import ArtifactError, Workspace, find_stage, write_json
 from meteora.study.baselines import TRAINED_SINGLE
-from meteora.study.collection import HISTORY, Collection, collect, load_collection, write_index
+from meteora.study.collection import HISTORY, INDEX, load_collection
 from meteora.study.examples import prepare_examples
 from meteora.study.locking import hold
 from meteora.study.profiles import ProfileError, load_profile
-from meteora.study.records import RunError
+from meteora.study.records import Records, RunError
 from meteora.study.selection import data_section
 
 logger = logging.getLogger(__name__)
+
+STAGES = ("01", "02")
+Index = Mapping[str, Mapping[str, str]]  # tasks and single, as in adapters.json: name -> sha256
 
 
 def ship(workspace: Workspace) -> None:
     """Copy the adapters and gates of artifacts/<profile> to results/<profile>, in place of those that are there.
 
     Raises:
-        ArtifactError: if notebooks 01 and 02 have not left them, or an adapter was changed since.
+        ArtifactError: if notebooks 01 and 02 have not left them, one does not belong to the other, or the adapters
+            were not trained here.
     """
-    workspace.require("01", "02")
+    name = workspace.profile.name
+    if workspace.profile.adapters.path is not None:
+        raise ArtifactError(f"profile {name!r} has its adapters from {workspace.profile.adapters.source}; they ship there.")
+    workspace.require(*STAGES)
     collection = load_collection(workspace)
+    index = {
+        group: {name: file_sha256(place / WEIGHTS_FILE) for name, place in places.items()}
+        for group, places in (("tasks", collection.tasks), ("single", collection.single))
+    }
+    if _of_gates(workspace.gates) != list(index["tasks"].items()):
+        raise ArtifactError(f"the gates of profile {name!r} were trained with other adapters; run notebook 02 again.")
     manifest = json.loads((workspace.data / MANIFEST).read_text(encoding="utf-8"))
-    with atomic_directory(workspace.results / "adapters") as folder:
+    with _both(workspace.results) as (adapters, gates):
         for name, place in (collection.tasks | collection.single).items():
-            target = shutil.copytree(place, adapter_directory(folder, name))
+            target = shutil.copytree(place, adapter_directory(adapters, name))
             tasks = [name] if name in collection.tasks else list(collection.tasks)
+            from_bigbench = {manifest["tasks"][task]["source"] for task in tasks} == {BIGBENCH.filename}
             card = target / CARD_FILE
-            if card.is_file() and {manifest["tasks"][task]["source"] for task in tasks} == {BIGBENCH.filename}:
-                card.write_text(card.read_text(encoding="utf-8") + data_section(tasks), encoding="utf-8")
+            if from_bigbench and card.is_file() and "\n## Data\n" not in (text := card.read_text(encoding="utf-8")):
+                card.write_text(text + data_section(tasks), encoding="utf-8")
         if (workspace.metrics / HISTORY).is_file():
-            shutil.copyfile(workspace.metrics / HISTORY, folder / HISTORY)
-    _copy_gates(workspace.gates, workspace.results / "gates", collection)
+            shutil.copyfile(workspace.metrics / HISTORY, adapters / HISTORY)
+        _copy_gates(workspace.gates, gates)
 
 
 def take(workspace: Workspace) -> None:
-    """Leave in artifacts/<profile> what notebooks 01 and 02 would: examples, the shipped adapters with their index, gates.
+    """Leave in artifacts/<profile> what notebooks 01 and 02 would: examples, adapters, gates, and records of both.
+
+    The records say what the manifest of results/<profile> says of them: where and when they ran, and what they left.
 
     Raises:
-        ArtifactError: if no gates are shipped, or artifacts/<profile> has adapters or gates already.
-        AdapterError: if an adapter is missing, or is not the one that the gates were trained with.
+        ArtifactError: if nothing is shipped, something is missing or another, or artifacts/<profile> has adapters or
+            gates of a run here.
     """
-    shipped = workspace.results / "gates"
-    if not shipped.is_dir():
-        raise ArtifactError(f"profile {workspace.profile.name!r} ships no gates: there is no {shipped}.")
-    for folder in (workspace.adapters, workspace.gates):
-        if any(folder.iterdir()):
+    index = _shipped(workspace)
+    for folder, same in ((workspace.adapters, _index(workspace) == index), (workspace.gates, _same_gates(workspace))):
+        if not same and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ArtifactError(f"{folder} is of a run here; move it away to take what is shipped.")
-    source = workspace.results / "adapters"
-    tasks = [adapter.name for adapter in read_adapters(shipped, read_settings(shipped))]
     prepare_examples(workspace)
-    places = {name: adapter_directory(source, name) for name in (*tasks, *TRAINED_SINGLE)}
-    taken = {name: collect(name, place, workspace.adapters) for name, place in places.items() if place.is_dir()}
-    collection = Collection({n: taken.pop(n) for n in tasks}, taken)
-    _copy_gates(shipped, workspace.gates, collection)
-    write_index(workspace, collection)
+    source = workspace.results / "adapters"
+    with _both(workspace.artifacts) as (adapters, gates):
+        entries = {
+            group: {
+                name: {
+                    "path": os.path.relpath(adapter_directory(workspace.adapters, name), workspace.root),
+                    "sha256": sha256,
+                }
+                for name, sha256 in names.items()
+            }
+            for group, names in index.items()
+        }
+        for name in (name for names in index.values() for name in names):
+            shutil.copytree(adapter_directory(source, name), adapter_directory(adapters, name))
+        write_json(adapters / INDEX, entries)
+        _copy_gates(workspace.results / "gates", gates)
+    records, recorded = Records(workspace), _manifest(workspace)["notebooks"]
+    for stage in map(find_stage, STAGES):
+        records.adopt(stage, recorded.get(stage.notebook, {}))
 
 
-def _copy_gates(source: Path, target: Path, collection: Collection) -> None:
-    """The checkpoint ``source``, with the adapters where they lie, relative to it."""
+def _shipped(workspace: Workspace) -> Index:
+    """What is shipped: the digests of all adapters, each checked against what gates or manifest say of it."""
+    name, gates = workspace.profile.name, workspace.results / "gates"
+    if not gates.is_dir():
+        raise ArtifactError(
+            f"profile {name!r} ships no gates (there is no {gates}); train them with "
+            f"./run_all.sh --profile {name}, or take those of profile 'smollm2'."
+        )
+    tasks = dict(_of_gates(gates))
+    left = [task for task in workspace.profile.tasks if task in tasks]
+    if list(tasks) != left:
+        raise ArtifactError(f"{gates} is of other tasks than profile {name!r} has, or in another order; train them anew.")
+    recorded = _manifest(workspace)["inputs"]["files"]
+    wanted = [single for single in TRAINED_SINGLE if getattr(workspace.profile, single) is not None]
+    single = {adapter: recorded.get(f"adapters/{adapter}/{WEIGHTS_FILE}") for adapter in wanted}
+    for adapter, sha256 in (tasks | single).items():
+        file = adapter_directory(workspace.results / "adapters", adapter) / WEIGHTS_FILE
+        if not file.is_file() or file_sha256(file) != sha256:
+            raise ArtifactError(f"{file} is missing or another than was recorded; take it from the repository again.")
+    return {"tasks": tasks, "single": single}
+
+
+def _manifest(workspace: Workspace) -> dict[str, Any]:
+    file = workspace.results / "manifest.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read ({error}); take it from the repository again.") from error
+
+
+def _of_gates(checkpoint: Path) -> list[tuple[str, str]]:
+    """(name, sha256) of the adapters that gates were trained with, in their order."""
+    return [(entry["name"], entry["sha256"]) for entry in read_settings(checkpoint)["adapters"]]
+
+
+def _index(workspace: Workspace) -> Index | None:
+    """What adapters.json of artifacts/<profile> says, if every adapter is as it says."""
+    try:
+        collection = load_collection(workspace)
+    except ArtifactError:
+        return None
+    groups = {"tasks": collection.tasks, "single": collection.single}
+    return {g: {name: file_sha256(place / WEIGHTS_FILE) for name, place in p.items()} for g, p in groups.items()}
+
+
+def _same_gates(workspace: Workspace) -> bool:
+    here, there = workspace.gates / GATES_FILE, workspace.results / "gates" / GATES_FILE
+    return here.is_file() and file_sha256(here) == file_sha256(there)
+
+
+@contextmanager
+def _both(folder: Path):
+    """New directories for adapters and gates, which take their places together, once both are complete."""
+    with atomic_directory(folder / "adapters") as adapters, atomic_directory(folder / "gates") as gates:
+        yield adapters, gates
+
+
+def _copy_gates(source: Path, target: Path) -> None:
+    """The checkpoint ``source``, with the adapters where they lie beside it."""
     settings = read_settings(source)
-    with atomic_directory(target) as directory:
-        for file in (GATES_FILE, CARD_FILE):
-            shutil.copyfile(source / file, directory / file)
-        for entry in settings["adapters"]:
-            entry["directory"] = "../adapters/" + collection.tasks[entry["name"]].name
-        write_json(directory / MODEL_FILE, settings | {"format": FORMAT})
+    for file in (GATES_FILE, CARD_FILE):
+        shutil.copyfile(source / file, target / file)
+    settings["adapters"] = [
+        {key: entry[key] for key in ("name", "sha256")} | {"directory": f"../adapters/{adapter_directory('', entry['name'])}"}
+        for entry in settings["adapters"]
+    ]
+    write_json(target / MODEL_FILE, settings | {"format": FORMAT})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workspace = Workspace(load_profile(options.profile))
         with hold(workspace):
             (take if options.take else ship)(workspace)
-    except (ProfileError, ArtifactError, AdapterError, RunError, DataError) as error:
+    except (ProfileError, ArtifactError, AdapterError, RunError, DataError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     begin = f"./run_all.sh --profile {options.profile} --from 03"
