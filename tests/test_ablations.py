@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -24,7 +25,7 @@ from meteora.study.ablation_studies import STUDIES, run_studies
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
 from meteora.study.ablations_formats import training_data
 from meteora.study.ablations_gates import nested_tasks
-from meteora.study.ablations_routing import deciding_alone
+from meteora.study.ablations_routing import deciding_alone, told_in
 from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
 from meteora.study.ablations_tasks import SHRINKAGE, only_rows_trained, set_row
 from meteora.study.artifacts import Workspace
@@ -452,6 +453,40 @@ def test_other_layers_follow_the_last_decision(ablations):
     assert torch.equal(cached, plain), "also token by token"
     everything = choices(deciding_alone(model, set(parts)))
     assert all(torch.equal(everything[name], free[name]) for name in names)
+
+
+def test_some_layers_are_told_and_the_others_choose(ablations):
+    model = ablations.study.model
+    for n, layer in enumerate(model.layers.values()):
+        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    tasks, own = ["toy_parity", "toy_echo"], torch.tensor([model.adapter_names.index(n) for n in ("toy_parity", "toy_echo")])
+
+    def run(*contexts):
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for context in contexts:
+                stack.enter_context(context)
+            return model(input_ids=ids).logits
+
+    with model.trace() as free:
+        before = run()
+    model.set_top_k(1)  # a trace holds one k
+    with model.trace() as trace:
+        run(told_in(model, tasks, range(1, 2)))
+    model.set_top_k(2)
+    for name in model.layers:
+        first = trace.indices[name][..., 0]
+        if ".layers.1." in name:
+            assert (first == own[:, None]).all()
+    assert any((trace.indices[name][..., 0] != own[:, None]).any() for name in model.layers if ".layers.0." in name)
+    assert torch.equal(run(told_in(model, tasks, ())), before)
+    assert torch.equal(run(told_in(model, tasks, range(2))), run(model.route_to(tasks)))
+    assert model.state.forced is None and torch.equal(run(), before) and free.indices
+    with told_in(model, tasks, [0]):
+        cached, plain = (
+            model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)
+        )
+    assert torch.equal(cached, plain), "also token by token"
 
 
 def test_sets_of_tasks_are_nested():

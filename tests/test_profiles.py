@@ -205,6 +205,7 @@ def test_the_training_options_reach_the_configs(write) -> None:
         ({"ablations__top_k": [4]}, r"ablations\.top_k must be at most 3, the number of tasks"),
         ({"ablations__adapters": [2, 9]}, r"ablations\.adapters must be at most 3"),
         ({"ablations__temperatures": [0]}, r"ablations\.temperatures must be positive"),
+        ({"ablations__told": {"none": [2, 2]}}, r"ablations\.told\['none'\] must be a first layer and the one behind"),
         ({"ablations__added_task": "winowhy"}, r"ablations\.added_task has no choice 'winowhy'; known are toy_echo"),
         ({"ablations__held_out": ["toy_echo", "toy_parity"]}, r"ablations\.held_out must leave two tasks"),
         ({"ablations__foreign": ["toy_echo"]}, r"ablations\.foreign must name tasks that are none of the profile's"),

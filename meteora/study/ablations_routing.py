@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from meteora import MeteoraModel, Routing
 from meteora.gating import route
 from meteora.study.ablations import Ablations, Variant, methods_of
-from meteora.study.baselines import Tasks, with_temperature
+from meteora.study.baselines import Method, Tasks, with_temperature
 from meteora.study.measures import Row
 
 
@@ -101,8 +102,53 @@ def deciding_alone(model: MeteoraModel, parts: Sequence[str]) -> Iterator[None]:
             hook.remove()
 
 
+def told_study(ablations: Ablations) -> Iterator[Variant]:
+    """The task's own adapter in some decoder layers, the gates' choice in the others: where a wrong choice costs answers."""
+    for name, (first, behind) in ablations.settings.told.items():
+
+        def produce(name: str = name, layers: range = range(first, behind)) -> list[Row]:
+            model = ablations.study.model
+            methods = {}
+            for one, method in methods_of(model, "meteora_top1", "meteora_top2").items():
+
+                @contextmanager
+                def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
+                    with method.active(tasks), told_in(model, tasks, layers):
+                        yield
+
+                methods[one] = replace(method, state=state, told_task=True)
+            answers = ablations.answer(methods, ablations.valid, "told", name)
+            return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), temperature=1.0)
+
+        yield Variant(f"told in {name}", {"layers": [first, behind]}, produce)
+
+
+@contextmanager
+def told_in(model: MeteoraModel, tasks: Tasks, layers: Container[int]) -> Iterator[None]:
+    """Inside, modules of decoder layers with these numbers use the tasks' own adapters, as in ``route_to``."""
+    state, hooks = model.state, []
+    with model.route_to(tasks):
+        told = state.forced
+
+        def choose(*_) -> None:
+            state.forced = None
+
+        def follow(*_) -> None:
+            state.forced = told
+
+        for name, layer in model.layers.items():
+            if int(re.search(r"\d+", name)[0]) not in layers:
+                hooks += [layer.register_forward_pre_hook(choose), layer.register_forward_hook(follow)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     "top_k": top_k_study,
     "temperature": temperature_study,
     "deciding": deciding_study,
+    "told": told_study,
 }

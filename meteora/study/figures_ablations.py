@@ -18,6 +18,7 @@ STUDY_TITLES = {
     "top_k": "adapters per token (k)",
     "temperature": "temperature, k = 2",
     "deciding": "gates that decide",
+    "told": "own adapter in some layers, gates in the others",
     "modules": "modules with adapters",
     "gates": "training of the gates",
     "arrow": "gates without training",
