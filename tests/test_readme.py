@@ -250,5 +250,10 @@ def test_commands_are_those_of_the_script_and_the_examples() -> None:
     for command in launched:
         assert command in examples, command
         rest = rest.replace(command, "")
-    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", rest)):
-        assert option in script, option
+    option = r"(?<=[ `])--[a-z][a-z-]+"
+    for command, module in re.findall(r"`(\.venv/bin/python -P -m ([\w.]+)[^`]*)`", rest):
+        source = (REPOSITORY / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in re.findall(option, command)), command
+        rest = rest.replace(command, "")
+    for word in set(re.findall(option, rest)):
+        assert word in script, word
