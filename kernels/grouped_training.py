@@ -26,9 +26,14 @@ from meteora.kernels.sort import Tiles, sort
 from meteora.kernels.tiles import expand_tiles, filled, segment, shrink_tiles
 
 
-def fits(tokens: int, column_adapter: Tensor, top_k: int) -> Segments | None:
-    """The columns' segments where this way is the fast one, else ``None``; a compiler's graph has the other one."""
+def fits(tokens: int, A: Tensor, B: Tensor, column_adapter: Tensor, top_k: int) -> Segments | None:
+    """The columns' segments where this way is the fast one and A and B are frozen, else ``None``.
+
+    A compiler's graph has the other way.
+    """
     if torch.compiler.is_compiling() or tokens > grouped.MOST_TOKENS:  # a compiler would keep what is asked before
+        return None
+    if A.requires_grad or B.requires_grad:
         return None
     return grouped.fits(tokens, column_adapter, top_k)
 

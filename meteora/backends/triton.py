@@ -39,8 +39,7 @@ def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, rout
     _check_dtype(y)
     operands = (y, x, A, B, column_adapter, routing.indices, routing.weights)
     if _needs_gradient(y, x, A, B, routing.weights):
-        frozen = not (A.requires_grad or B.requires_grad)
-        found = grouped_training.fits(len(x), column_adapter, routing.indices.shape[1]) if frozen else None
+        found = grouped_training.fits(len(x), A, B, column_adapter, routing.indices.shape[1])
         if found is not None:
             return grouped_training.given(y, x, A, B, found, routing.indices, routing.weights)
         return ops.mix(*operands)[0]
@@ -96,7 +95,7 @@ def gated_mix(
     if _needs_gradient(y, x, A, B, gate):
         if absolute:
             raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")
-        found = None if A.requires_grad or B.requires_grad else grouped_training.fits(len(x), column_adapter, top_k)
+        found = grouped_training.fits(len(x), A, B, column_adapter, top_k)
         if found is not None:
             return grouped_training.gated(y, x, packed, B, gate, found, top_k, temperature)
         return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature)[0]

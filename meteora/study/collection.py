@@ -165,13 +165,15 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
 def write_index(workspace: Workspace, collection: Collection) -> Path:
     """Write ``adapters.json``: ``{"tasks": {name: {"path", "sha256"}}, "single": {...}}``, relative to the root."""
     index = {
-        group: {
-            name: {"path": os.path.relpath(path, workspace.root), "sha256": load_adapter(name, path).sha256}
-            for name, path in adapters.items()
-        }
+        group: {name: index_entry(workspace, path, load_adapter(name, path).sha256) for name, path in adapters.items()}
         for group, adapters in (("tasks", collection.tasks), ("single", collection.single))
     }
     return write_json(workspace.adapters / INDEX, index)
+
+
+def index_entry(workspace: Workspace, path: Path, sha256: str) -> dict[str, str]:
+    """What ``adapters.json`` says of the adapter at ``path``."""
+    return {"path": os.path.relpath(path, workspace.root), "sha256": sha256}
 
 
 def load_collection(workspace: Workspace) -> Collection:

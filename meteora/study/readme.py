@@ -200,11 +200,11 @@ def training_block(results: Path = RESULTS) -> str:
 
     Of either the largest recorded run.
     """
-    parts = [
-        text(pd.read_csv(next(_recorded(results, file))[1]))
-        for file, text in ((training_speed.FILE, _gate_training), (loading_speed.FILE, _loading))
-        if any(_recorded(results, file))
-    ]
+    parts = []
+    for file, text in ((training_speed.FILE, _gate_training), (loading_speed.FILE, _loading)):
+        for _, path in _recorded(results, file):
+            parts.append(text(pd.read_csv(path)))
+            break
     return "\n".join(parts) or NO_RESULTS
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from meteora.checkpoint import CARD_FILE, FORMAT, GATES_FILE, MODEL_FILE, read_s
 from meteora.files import atomic_directory
 from meteora.study.artifacts import ArtifactError, Workspace, find_stage, write_json
 from meteora.study.baselines import TRAINED_SINGLE
-from meteora.study.collection import HISTORY, INDEX, load_collection
+from meteora.study.collection import HISTORY, INDEX, index_entry, load_collection
 from meteora.study.examples import prepare_examples
 from meteora.study.locking import hold
 from meteora.study.profiles import ProfileError, load_profile
@@ -55,11 +54,7 @@ def ship(workspace: Workspace) -> None:
         raise ArtifactError(f"profile {name!r} has its adapters from {workspace.profile.adapters.source}; they ship there.")
     workspace.require(*STAGES)
     collection = load_collection(workspace)
-    index = {
-        group: {name: file_sha256(place / WEIGHTS_FILE) for name, place in places.items()}
-        for group, places in (("tasks", collection.tasks), ("single", collection.single))
-    }
-    if _of_gates(workspace.gates) != list(index["tasks"].items()):
+    if _of_gates(workspace.gates) != list(_indexed(workspace)["tasks"].items()):
         raise ArtifactError(f"the gates of profile {name!r} were trained with other adapters; run notebook 02 again.")
     manifest = json.loads((workspace.data / MANIFEST).read_text(encoding="utf-8"))
     with _both(workspace.results) as (adapters, gates):
@@ -84,45 +79,33 @@ def take(workspace: Workspace) -> None:
         ArtifactError: if nothing is shipped, something is missing or another, or artifacts/<profile> has adapters or
             gates of a run here.
     """
-    index = _shipped(workspace)
-    for folder, same in ((workspace.adapters, _index(workspace) == index), (workspace.gates, _same_gates(workspace))):
+    recorded = _manifest(workspace)
+    index = _shipped(workspace, recorded["inputs"]["files"])
+    for folder, same in ((workspace.adapters, _same_adapters(workspace, index)), (workspace.gates, _same_gates(workspace))):
         if not same and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ArtifactError(f"{folder} is of a run here; move it away to take what is shipped.")
     prepare_examples(workspace)
     source = workspace.results / "adapters"
     with _both(workspace.artifacts) as (adapters, gates):
-        entries = {
-            group: {
-                name: {
-                    "path": os.path.relpath(adapter_directory(workspace.adapters, name), workspace.root),
-                    "sha256": sha256,
-                }
-                for name, sha256 in names.items()
-            }
-            for group, names in index.items()
-        }
-        for name in (name for names in index.values() for name in names):
-            shutil.copytree(adapter_directory(source, name), adapter_directory(adapters, name))
+        entries = {group: {} for group in index}
+        for group, names in index.items():
+            for name, sha256 in names.items():
+                shutil.copytree(adapter_directory(source, name), adapter_directory(adapters, name))
+                entries[group][name] = index_entry(workspace, adapter_directory(workspace.adapters, name), sha256)
         write_json(adapters / INDEX, entries)
         _copy_gates(workspace.results / "gates", gates)
-    records, recorded = Records(workspace), _manifest(workspace)["notebooks"]
+    records = Records(workspace)
     for stage in map(find_stage, STAGES):
-        records.adopt(stage, recorded.get(stage.notebook, {}))
+        records.adopt(stage, recorded["notebooks"].get(stage.notebook, {}))
 
 
-def _shipped(workspace: Workspace) -> Index:
-    """What is shipped: the digests of all adapters, each checked against what gates or manifest say of it."""
+def _shipped(workspace: Workspace, recorded: Mapping[str, str]) -> Index:
+    """What is shipped: the digests of all adapters, each checked against what the gates, or ``recorded``, say of it."""
     name, gates = workspace.profile.name, workspace.results / "gates"
-    if not gates.is_dir():
-        raise ArtifactError(
-            f"profile {name!r} ships no gates (there is no {gates}); train them with "
-            f"./run_all.sh --profile {name}, or take those of profile 'smollm2'."
-        )
     tasks = dict(_of_gates(gates))
     left = [task for task in workspace.profile.tasks if task in tasks]
     if list(tasks) != left:
         raise ArtifactError(f"{gates} is of other tasks than profile {name!r} has, or in another order; train them anew.")
-    recorded = _manifest(workspace)["inputs"]["files"]
     wanted = [single for single in TRAINED_SINGLE if getattr(workspace.profile, single) is not None]
     single = {adapter: recorded.get(f"adapters/{adapter}/{WEIGHTS_FILE}") for adapter in wanted}
     for adapter, sha256 in (tasks | single).items():
@@ -133,6 +116,13 @@ def _shipped(workspace: Workspace) -> Index:
 
 
 def _manifest(workspace: Workspace) -> dict[str, Any]:
+    """That of the run that trained what is shipped."""
+    name, gates = workspace.profile.name, workspace.results / "gates"
+    if not gates.is_dir():
+        raise ArtifactError(
+            f"profile {name!r} ships no gates (there is no {gates}); train them with "
+            f"./run_all.sh --profile {name}, or take those of profile 'smollm2'."
+        )
     file = workspace.results / "manifest.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -145,14 +135,18 @@ def _of_gates(checkpoint: Path) -> list[tuple[str, str]]:
     return [(entry["name"], entry["sha256"]) for entry in read_settings(checkpoint)["adapters"]]
 
 
-def _index(workspace: Workspace) -> Index | None:
-    """What adapters.json of artifacts/<profile> says, if every adapter is as it says."""
+def _indexed(workspace: Workspace) -> Index:
+    """The digests of adapters.json, which `load_collection` has checked."""
+    index = json.loads((workspace.adapters / INDEX).read_text(encoding="utf-8"))
+    return {group: {name: entry["sha256"] for name, entry in entries.items()} for group, entries in index.items()}
+
+
+def _same_adapters(workspace: Workspace, index: Index) -> bool:
     try:
-        collection = load_collection(workspace)
+        load_collection(workspace)
     except ArtifactError:
-        return None
-    groups = {"tasks": collection.tasks, "single": collection.single}
-    return {g: {name: file_sha256(place / WEIGHTS_FILE) for name, place in p.items()} for g, p in groups.items()}
+        return False
+    return _indexed(workspace) == index
 
 
 def _same_gates(workspace: Workspace) -> bool:
