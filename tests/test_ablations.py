@@ -25,7 +25,7 @@ from meteora.study.ablation_studies import STUDIES, run_studies
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
 from meteora.study.ablations_formats import training_data
 from meteora.study.ablations_gates import nested_tasks
-from meteora.study.ablations_routing import deciding_alone, told_in
+from meteora.study.ablations_routing import deciding_alone, silent_in, told_in
 from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
 from meteora.study.ablations_tasks import SHRINKAGE, only_rows_trained, set_row
 from meteora.study.artifacts import Workspace
@@ -483,6 +483,38 @@ def test_some_layers_are_told_and_the_others_choose(ablations):
     assert torch.equal(run(told_in(model, tasks, range(2))), run(model.route_to(tasks)))
     assert model.state.forced is None and torch.equal(run(), before) and free.indices
     with told_in(model, tasks, [0]):
+        cached, plain = (
+            model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)
+        )
+    assert torch.equal(cached, plain), "also token by token"
+
+
+def test_some_layers_are_silent(ablations):
+    model = ablations.study.model
+    for n, layer in enumerate(model.layers.values()):
+        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def run(context=contextlib.nullcontext()):
+        with context, torch.no_grad():
+            return model(input_ids=ids).logits
+
+    before = run()
+    first = [layer for name, layer in model.layers.items() if ".layers.0." in name]
+    kept = [layer.lora_B.data.clone() for layer in first]
+    for layer in first:
+        layer.lora_B.data.zero_()
+        layer.forget_packed()
+    without = run()
+    for layer, weights in zip(first, kept, strict=True):
+        layer.lora_B.data.copy_(weights)
+        layer.forget_packed()
+    assert not torch.allclose(without, before)
+    torch.testing.assert_close(run(silent_in(model, (), [0])), without)
+    assert model.state.enabled and torch.equal(run(), before)
+    assert torch.equal(run(silent_in(model, (), ())), before)
+    assert torch.equal(run(silent_in(model, (), range(2))), run(model.disable_adapters()))
+    with silent_in(model, (), [0]):
         cached, plain = (
             model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)
         )

@@ -72,6 +72,7 @@ class AblationSettings:
         modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
         told: name -> first decoder layer, and the one behind the last, where the task's own adapter is used; in the others
             the gates choose.
+        silent: likewise, layers that have no adapters.
         gates: name -> options that replace those of the profile's ``gates``: trainings that are compared.
         prompts: gates trained on so many examples of each task alone.
         held_out: tasks left out of a model that then meets their prompts.
@@ -91,6 +92,7 @@ class AblationSettings:
     added_steps: int = 50
     modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
     told: dict[str, tuple[int, int]] = field(default_factory=dict)
+    silent: dict[str, tuple[int, int]] = field(default_factory=dict)
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
     prompts: tuple[int, ...] = ()
     held_out: tuple[str, ...] = ()
@@ -109,9 +111,12 @@ class AblationSettings:
         at_least(0, shots=min(self.shots, default=0), seeds=min(self.seeds, default=0))
         for task in self.foreign:
             get_task(task)
-        for name, (first, behind) in self.told.items():
-            if not 0 <= first < behind:
-                raise ValueError(f"told[{name!r}] must be a first layer and the one behind the last, not {first}, {behind}")
+        for setting in ("told", "silent"):
+            for name, (first, behind) in getattr(self, setting).items():
+                if not 0 <= first < behind:
+                    raise ValueError(
+                        f"{setting}[{name!r}] must be a first layer and the one behind the last, not {first}, {behind}"
+                    )
         for value in self.temperatures:
             if value <= 0:
                 raise ValueError(f"temperatures must be positive, not {value!r}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -104,23 +104,45 @@ def deciding_alone(model: MeteoraModel, parts: Sequence[str]) -> Iterator[None]:
 
 def told_study(ablations: Ablations) -> Iterator[Variant]:
     """The task's own adapter in some decoder layers, the gates' choice in the others: where a wrong choice costs answers."""
-    for name, (first, behind) in ablations.settings.told.items():
+    yield from _in_layers(ablations, "told", ablations.settings.told, ("meteora_top1", "meteora_top2"), told_in)
+
+
+def silent_study(ablations: Ablations) -> Iterator[Variant]:
+    """No adapter in some decoder layers: what adapters are worth there to whoever knows the task, and to who must guess."""
+    methods = ("peft", "meteora_top1", "meteora_top2")
+    yield from _in_layers(ablations, "silent", ablations.settings.silent, methods, silent_in)
+
+
+def _in_layers(
+    ablations: Ablations,
+    study: str,
+    ranges: Mapping[str, tuple[int, int]],
+    names: Sequence[str],
+    changed: Callable[[MeteoraModel, Tasks, range], AbstractContextManager],
+) -> Iterator[Variant]:
+    """A variant for every range of decoder layers, in which ``changed`` makes the methods differ."""
+    for name, (first, behind) in ranges.items():
 
         def produce(name: str = name, layers: range = range(first, behind)) -> list[Row]:
             model = ablations.study.model
             methods = {}
-            for one, method in methods_of(model, "meteora_top1", "meteora_top2").items():
+            for one, method in methods_of(model, *names).items():
 
                 @contextmanager
                 def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
-                    with method.active(tasks), told_in(model, tasks, layers):
+                    with method.active(tasks), changed(model, tasks, layers):
                         yield
 
-                methods[one] = replace(method, state=state, told_task=True)
-            answers = ablations.answer(methods, ablations.valid, "told", name)
+                methods[one] = replace(method, state=state, told_task=method.told_task or changed is told_in)
+            answers = ablations.answer(methods, ablations.valid, study, name)
             return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), temperature=1.0)
 
-        yield Variant(f"told in {name}", {"layers": [first, behind]}, produce)
+        yield Variant(f"{study} in {name}", {"layers": [first, behind]}, produce)
+
+
+def decoder_layer(name: str) -> int:
+    """The number of the decoder layer that a module belongs to, from its dotted name."""
+    return int(re.search(r"\d+", name)[0])
 
 
 @contextmanager
@@ -137,7 +159,7 @@ def told_in(model: MeteoraModel, tasks: Tasks, layers: Container[int]) -> Iterat
             state.forced = told
 
         for name, layer in model.layers.items():
-            if int(re.search(r"\d+", name)[0]) not in layers:
+            if decoder_layer(name) not in layers:
                 hooks += [layer.register_forward_pre_hook(choose), layer.register_forward_hook(follow)]
         try:
             yield
@@ -146,9 +168,28 @@ def told_in(model: MeteoraModel, tasks: Tasks, layers: Container[int]) -> Iterat
                 hook.remove()
 
 
+@contextmanager
+def silent_in(model: MeteoraModel, tasks: Tasks, layers: Container[int]) -> Iterator[None]:
+    """Inside, modules of decoder layers with these numbers are the base model's, whatever the ``tasks``."""
+    state, hooks = model.state, []
+
+    def set_to(enabled: bool) -> Callable[..., None]:
+        return lambda *_: setattr(state, "enabled", enabled)
+
+    for name, layer in model.layers.items():
+        if decoder_layer(name) in layers:
+            hooks += [layer.register_forward_pre_hook(set_to(False)), layer.register_forward_hook(set_to(True))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     "top_k": top_k_study,
     "temperature": temperature_study,
     "deciding": deciding_study,
     "told": told_study,
+    "silent": silent_study,
 }

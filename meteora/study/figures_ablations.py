@@ -19,6 +19,7 @@ STUDY_TITLES = {
     "temperature": "temperature, k = 2",
     "deciding": "gates that decide",
     "told": "own adapter in some layers, gates in the others",
+    "silent": "no adapters in some layers",
     "modules": "modules with adapters",
     "gates": "training of the gates",
     "arrow": "gates without training",
