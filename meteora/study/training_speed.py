@@ -16,8 +16,9 @@ import argparse
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ COLUMNS = (
     "objective", "gradient_checkpointing", "hidden_size", "layers", "adapters", "rank", "top_k", "sample_tokens",
     "samples_per_step", "tokens_per_batch", "steps", "dtype", "metric", "value", "unit", "device", "torch", "triton",
 )  # fmt: skip
-_WARM_UP = 2  # steps: the first compiles what the others use, the second is recorded on a GPU
+WARM_UP = 2  # steps: the first compiles what the others use, the second is recorded on a GPU
 _UNITS = {"tokens_per_s": "tokens/s", "peak_bytes": "bytes", "hours": "h"}
 
 
@@ -64,7 +65,7 @@ def random_samples(names: Sequence[str], study: TrainingSpeed, vocabulary: int, 
         return "".join(chr(generator.randrange(2, min(vocabulary, 0xD800))) for _ in range(tokens))  # no surrogates
 
     lengths = study.prompt_tokens, study.response_tokens - 1
-    count = study.samples_per_step * (_WARM_UP + study.steps)
+    count = study.samples_per_step * (WARM_UP + study.steps)
     return [{"task": n, "prompt": text(lengths[0]), "response": text(lengths[1])} for n in names for _ in range(count)]
 
 
@@ -88,12 +89,15 @@ def measure_training(
             "tokens_per_batch": study.tokens_per_batch, "steps": study.steps, "dtype": dtype,
         }  # fmt: skip
         config = GateTrainingConfig(
-            objective=objective, gradient_checkpointing=checkpointing, max_steps=_WARM_UP + study.steps, seed=seed,
+            objective=objective, gradient_checkpointing=checkpointing, max_steps=WARM_UP + study.steps, seed=seed,
             samples_per_step=study.samples_per_step, tokens_per_batch=study.tokens_per_batch, max_length=tokens,
         )  # fmt: skip
         values: dict[str, float | None] = dict.fromkeys(_UNITS)
         try:
-            seconds, values["peak_bytes"] = _time_training(model, rows, config, device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            train = partial(train_gates, model, rows, config, tokenizer=CodePoints())
+            seconds, values["peak_bytes"] = seconds_per_step(train, device), peak_bytes(device)
             values["tokens_per_s"] = setting["samples_per_step"] * tokens / seconds
             values["hours"] = BUDGET * tokens / values["tokens_per_s"] / 3600
         except RuntimeError as error:
@@ -105,12 +109,8 @@ def measure_training(
     return found
 
 
-def _time_training(
-    model: MeteoraModel, rows: list[dict[str, str]], config: GateTrainingConfig, device: torch.device
-) -> tuple[float, int]:
-    """Mean seconds of a step after the first ones, and the peak in bytes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def seconds_per_step(train: Callable[[], Any], device: torch.device) -> float:
+    """Mean seconds of a training's step after the first WARM_UP; a step ends where its optimiser's does."""
     ends: list[float] = []
 
     def note(*_) -> None:
@@ -120,10 +120,10 @@ def _time_training(
 
     hook = register_optimizer_step_post_hook(note)
     try:
-        train_gates(model, rows, config, tokenizer=CodePoints())
+        train()
     finally:
         hook.remove()
-    return (ends[-1] - ends[_WARM_UP - 1]) / (len(ends) - _WARM_UP), peak_bytes(device)
+    return (ends[-1] - ends[WARM_UP - 1]) / (len(ends) - WARM_UP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,279 @@
+"""Which batches of a profile fit its GPU, and how fast each is: every phase of a run on random weights of the model's shape.
+
+Of each phase the profile's batch is tried, then twice as many, and so on up to LARGEST times, until memory ends; where
+the profile's own does not fit, half as many, and so on. A GPU with more memory than the profile's ``needs`` name has as
+much as they say. Texts are random tokens, as long as the longest that the tasks have where they are answered::
+
+    python -P -m meteora.study.batch_sizes --profile llama3-8b
+
+writes ``results/<profile>/metrics/batch_sizes.csv``, one row a measurement, in the columns COLUMNS. ``batch`` counts
+tokens where something is trained (``tokens_per_batch``), and texts where prompts are answered (``batch_size``).
+``metric`` is ``tokens_per_s``, of which those of a prompt count like an answer's; ``peak_bytes``, the most that was held
+on the GPU at once, weights included (on a CPU: by the process); or ``reckoned_bytes``, what a dry run says of the
+profile's own batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from meteora import MeteoraConfig, MeteoraModel, train_adapters, train_gates
+from meteora.config import AdapterTrainingConfig, GateTrainingConfig, TrainingConfig
+from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up, write_text
+from meteora.study.benchmark_measure import require_memory_error
+from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
+from meteora.study.decoding import TranscriptBatch
+from meteora.study.estimates import COMPOSITE_PROMPT, INDEPENDENT_PROMPT, gpu_bytes
+from meteora.study.model_settings import TrainingSpeed
+from meteora.study.profiles import Profile, ProfileError, load_profile
+from meteora.study.random_models import random_adapters, random_decoder, random_mixture
+from meteora.study.training_speed import WARM_UP, CodePoints, random_samples, seconds_per_step
+
+logger = logging.getLogger(__name__)
+
+FILE = "batch_sizes.csv"
+COLUMNS = (
+    "phase", "batch", "unit_of_batch", "text_tokens", "metric", "value", "unit", "limit_bytes", "dtype", "device", "torch",
+    "triton",
+)  # fmt: skip
+LARGEST = 8  # times the profile's batch
+NEW_TOKENS = 64  # of an answer; the rest of the text counts as prompt
+STEPS = 2  # of a training, that are timed
+WORTH = 1.05  # times the speed, below which a larger batch is not worth its memory
+_UNITS = {"tokens_per_s": "tokens/s", "peak_bytes": "bytes", "reckoned_bytes": "bytes"}
+
+
+class Phase(NamedTuple):
+    """A part of a run whose memory a batch decides.
+
+    Attributes:
+        name: as in `estimates.gpu_bytes`, with the objective of a training of gates behind it.
+        batch: the profile's, in ``unit``.
+        text_tokens: of each text.
+        seconds: given a batch, runs the phase and returns how long ``tokens(batch)`` tokens took.
+    """
+
+    name: str
+    batch: int
+    unit: str
+    text_tokens: int
+    seconds: Callable[[int], float]
+    tokens: Callable[[int], int]
+
+
+def measure_batches(profile: Profile, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows as they are measured, without the columns that say where.
+
+    Raises:
+        ProfileError: for a profile that does not say its model's shape.
+    """
+    if profile.model.shape is None:
+        raise ProfileError(f"profile {profile.name!r} does not say its model's shape; give it one under model.shape.")
+    limit = _limit(profile, device)
+    reckoned = gpu_bytes(profile)
+    for phase in _phases(profile, device):
+        common = {
+            "phase": phase.name, "unit_of_batch": phase.unit, "text_tokens": phase.text_tokens, "limit_bytes": limit,
+            "dtype": profile.model.dtype,
+        }  # fmt: skip
+        found: dict[int, float] = {}
+        for batch in _batches(phase.batch, found):
+            values = _measure(phase, batch, device)
+            if values["tokens_per_s"] is not None:
+                found[batch] = values["tokens_per_s"]
+            if batch == phase.batch:
+                values["reckoned_bytes"] = reckoned.get(phase.name.partition(",")[0])
+            for metric, value in values.items():
+                unit = _UNITS[metric] if value is not None else OUT_OF_MEMORY
+                yield {**common, "batch": batch, "metric": metric, "value": value, "unit": unit}
+            logger.info("%s, %d %s: %s", phase.name, batch, phase.unit, _in_words(values))
+        logger.info("%s: %s", phase.name, advice(found))
+
+
+def advice(found: dict[int, float]) -> str:
+    """Which batch to take: the smallest that is about as fast as any that fits."""
+    if not found:
+        return "no batch fits"
+    return f"take {min(batch for batch, speed in found.items() if speed * WORTH >= max(found.values()))}"
+
+
+def _batches(own: int, found: dict[int, float]) -> Iterator[int]:
+    """The batches to try, given those that did fit so far."""
+    batch = own
+    while True:
+        yield batch
+        if batch in found and batch >= own and batch < LARGEST * own:
+            batch *= 2
+        elif batch not in found and batch <= own and batch > 1:
+            batch //= 2
+        else:
+            return
+
+
+def _limit(profile: Profile, device: torch.device) -> int | None:
+    """Let the process have no more than the profile needs; in bytes."""
+    wanted = profile.needs.gpu_memory_gb * 1e9
+    if device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    limit = min(wanted or total, total)
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    return int(limit)
+
+
+def _measure(phase: Phase, batch: int, device: torch.device) -> dict[str, float | None]:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        seconds = phase.seconds(batch)
+    except RuntimeError as error:
+        require_memory_error(error)
+        return {"tokens_per_s": None, "peak_bytes": None}
+    return {"tokens_per_s": phase.tokens(batch) / seconds, "peak_bytes": peak_bytes(device)}
+
+
+def _in_words(values: dict[str, float | None]) -> str:
+    if values["tokens_per_s"] is None:
+        return OUT_OF_MEMORY
+    said = f", {values['reckoned_bytes'] / 1e9:.1f} GB reckoned" if values.get("reckoned_bytes") else ""
+    return f"{values['tokens_per_s']:,.0f} tokens/s, {values['peak_bytes'] / 1e9:.1f} GB{said}"
+
+
+def _phases(profile: Profile, device: torch.device) -> Iterator[Phase]:
+    """In the order of a run. The model is the base alone first, then the mixture."""
+    alone, several = profile.evaluation, profile.composite
+    answers = several.max_new_tokens_per_answer * max(several.sizes)
+    texts = {
+        "answering": (alone.batch_size, INDEPENDENT_PROMPT + alone.max_new_tokens),
+        "answering composites": (several.batch_size, COMPOSITE_PROMPT + answers),
+    }
+    dtype, context = getattr(torch, profile.model.dtype), max(tokens for _, tokens in texts.values())
+    base = random_decoder(profile.model.shape, context=context, dtype=dtype, device=device, seed=profile.seed)
+    trainings = (("adapters", profile.adapters, len(profile.tasks)), ("LoRA-B", profile.lora_b, 1))
+    for name, settings, count in trainings:
+        if settings is not None and settings.path is None:
+            yield _adapter_training(f"training {name}", base, settings.config(profile.seed), count, device)
+    adapters = random_adapters(base, len(profile.tasks), profile.adapters.rank, seed=profile.seed)
+    model = random_mixture(base, adapters, MeteoraConfig(), seed=profile.seed)
+    del adapters
+    for config in profile.gate_config().stages():
+        yield _gate_training(model, config, device)
+    for name, (batch, tokens) in texts.items():
+        yield _answering(name, model, batch, tokens, device)
+
+
+def _samples_per_step(config: TrainingConfig, tasks: int, tokens: int, batch: int) -> int:
+    """As many samples of each task that a step has a full batch."""
+    return max(config.samples_per_step, math.ceil(batch / (tasks * tokens)))
+
+
+def _text(config: TrainingConfig) -> tuple[int, int]:
+    """Tokens of a sample's prompt and response; most of the tasks' are no longer."""
+    tokens = min(256, config.max_length)
+    return tokens - tokens // 8, tokens // 8
+
+
+def _training(config: TrainingConfig, tasks: Sequence[str], batch: int, base: torch.nn.Module) -> tuple[Any, list[dict]]:
+    """The training with that batch, cut to a few steps, and rows for it."""
+    lengths = _text(config)
+    samples = _samples_per_step(config, len(tasks), sum(lengths), batch)
+    steps = replace(config, max_steps=WARM_UP + STEPS, samples_per_step=samples, tokens_per_batch=batch)
+    study = TrainingSpeed(*lengths, samples_per_step=samples, steps=STEPS)
+    return steps, random_samples(tasks, study, base.config.vocab_size, config.seed)
+
+
+def _adapter_training(
+    name: str, base: torch.nn.Module, config: AdapterTrainingConfig, count: int, device: torch.device
+) -> Phase:
+    tasks, length = [f"task {n}" for n in range(count)], sum(_text(config))
+
+    def seconds(batch: int) -> float:
+        steps, rows = _training(config, tasks, batch, base)
+        data = {task: [row for row in rows if row["task"] == task] for task in tasks}
+        held_out = {task: examples[:1] for task, examples in data.items()}  # so that the best so far are kept, too
+
+        def train() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                train_adapters(base, data, steps, tokenizer=CodePoints(), output_dir=folder, validation=held_out)
+
+        return seconds_per_step(train, device)
+
+    return Phase(name, config.tokens_per_batch, "tokens", length, seconds, _step_tokens(config, count))
+
+
+def _step_tokens(config: TrainingConfig, tasks: int) -> Callable[[int], int]:
+    tokens = sum(_text(config))
+    return lambda batch: tokens * tasks * _samples_per_step(config, tasks, tokens, batch)
+
+
+def _gate_training(model: MeteoraModel, config: GateTrainingConfig, device: torch.device) -> Phase:
+    tasks, config = model.adapter_names, replace(config, first=None, mixed_per_step=None)
+
+    def seconds(batch: int) -> float:
+        steps, rows = _training(config, tasks, batch, model.base_model)
+        return seconds_per_step(lambda: train_gates(model, rows, steps, tokenizer=CodePoints()), device)
+
+    name = f"training gates, {config.objective}"
+    return Phase(name, config.tokens_per_batch, "tokens", sum(_text(config)), seconds, _step_tokens(config, len(tasks)))
+
+
+def _answering(name: str, model: MeteoraModel, own: int, tokens: int, device: torch.device) -> Phase:
+    """``tokens`` of each text, of which the last NEW_TOKENS are the model's."""
+    new = min(NEW_TOKENS, tokens // 2)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.base_model.config.vocab_size
+
+    def answer(batch: int, prompt: int, steps: int) -> None:
+        # Random texts would end by chance: no token is the one that ends them.
+        transcripts = TranscriptBatch(model, batch, pad_token_id=1, eos_token_id=-1)
+        transcripts.extend(torch.randint(2, vocabulary, (batch, prompt), generator=generator).tolist())
+        transcripts.decode([steps] * batch, last=True)
+
+    def seconds(batch: int) -> float:
+        answer(batch, min(128, tokens - new), min(8, new))  # compiles what the others use
+        begin = time.perf_counter()
+        answer(batch, tokens - new, new)
+        return time.perf_counter() - begin
+
+    return Phase(name, own, "texts", tokens, seconds, lambda batch: batch * tokens)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 for what cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -P -m meteora.study.batch_sizes", description="Try a profile's batches.")
+    parser.add_argument("--profile", default="llama3-8b", metavar="NAME", help="a profile's name or .yaml file (llama3-8b)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the profile's")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        workspace = Workspace(load_profile(options.profile))
+        profile = workspace.profile
+        if options.device:
+            profile = replace(profile, model=replace(profile.model, device=options.device))
+        device = set_up(profile)
+        where, rows = where_measured(device), []
+        for row in measure_batches(profile, device):
+            rows.append({**row, **where})
+            frame = pd.DataFrame(rows, columns=COLUMNS)  # what was measured is there even if the rest is broken off
+            write_text(workspace.metrics / FILE, frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    except (ProfileError, ArtifactError) as error:
+        logger.error("error: %s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
