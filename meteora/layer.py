@@ -67,6 +67,7 @@ class MixtureState:
     own: Tensor | None = None  # (samples, tokens, N) one-hot: adapters of one rank are trained, each on its own tokens
     trace: Trace | None = None
     gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
+    router: Callable[[Tensor, int, float], Routing] = route  # what makes a routing of logits; another one is an experiment
     adapters: list[str] = field(default_factory=list)  # the names of all
     untrained: set[str] = field(default_factory=set)  # of them, whose rows of the gates no training has seen
     warned: bool = False
@@ -84,7 +85,8 @@ class MixtureState:
     @property
     def watched(self) -> bool:
         """Whether anybody but the mixture itself wants the gates' logits, or chooses in their place."""
-        return self.forced is not None or self.trace is not None or self.gate_observer is not None
+        others = self.forced is not None or self.router is not route
+        return others or self.trace is not None or self.gate_observer is not None
 
 
 class MeteoraLinear(nn.Module):
@@ -225,7 +227,7 @@ class MeteoraLinear(nn.Module):
             if routing is None:
                 if state.gate_observer is None:
                     self.warn_once()
-                routing = route(logits, state.top_k, state.temperature)
+                routing = state.router(logits, state.top_k, state.temperature)
             if state.trace is not None:
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
         return routing

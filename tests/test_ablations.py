@@ -25,7 +25,7 @@ from meteora.study.ablation_studies import STUDIES, run_studies
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
 from meteora.study.ablations_formats import training_data
 from meteora.study.ablations_gates import nested_tasks
-from meteora.study.ablations_routing import deciding_alone, silent_in, told_in
+from meteora.study.ablations_routing import deciding_alone, silent_in, told_in, unsure
 from meteora.study.ablations_speed import OUT_OF_MEMORY, measure, model_of_copies, perturbed_copies
 from meteora.study.ablations_tasks import SHRINKAGE, only_rows_trained, set_row
 from meteora.study.artifacts import Workspace
@@ -487,6 +487,48 @@ def test_some_layers_are_told_and_the_others_choose(ablations):
             model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)
         )
     assert torch.equal(cached, plain), "also token by token"
+
+
+def test_unsure_gates_add_less(ablations):
+    model = ablations.study.model
+    for n, layer in enumerate(model.layers.values()):
+        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def run(context=contextlib.nullcontext()):
+        with context, torch.no_grad(), model.trace() as trace:
+            return model(input_ids=ids).logits, trace.weights, trace.indices
+
+    model.set_top_k(1)
+    usual, weights, _ = run()
+    (name, first), *_ = weights.items()
+    assert (first == 1).all()
+    soft, weights, indices = run(unsure(model))
+    caught = {}
+    model.layers[name].register_forward_pre_hook(lambda _, inputs: caught.setdefault("x", inputs[0]))
+    with torch.no_grad():
+        model(input_ids=ids)
+    logits = caught["x"].float() @ model.layers[name].gate.weight.t()
+    torch.testing.assert_close(weights[name][..., 0].flatten(), logits.softmax(-1).amax(-1).flatten())
+    assert torch.equal(indices[name][..., 0], logits.argmax(-1)) and not torch.allclose(soft, usual)
+    share = weights[name]
+    some = share.median().item()
+    _, weights, _ = run(unsure(model, some))
+    assert torch.equal(weights[name], (share >= some).float()) and weights[name].mean() not in (0, 1)
+    model.set_top_k(2)
+    usual, weights, _ = run()
+    _, half, _ = run(unsure(model))
+    torch.testing.assert_close(half[name] / half[name].sum(-1, keepdim=True), weights[name])
+    assert half[name].sum(-1).max() < 1.0001 and half[name].sum(-1).mean() < 0.999
+    model.set_top_k(3)
+    torch.testing.assert_close(run(unsure(model))[0], run()[0], msg="of all adapters, nothing is left out")
+    model.set_top_k(2)
+    assert not model.state.watched and torch.equal(run()[0], usual)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.gate.weight.zero_()
+    base = run(model.disable_adapters())[0]
+    torch.testing.assert_close(run(unsure(model, 0.9))[0], base)
 
 
 def test_some_layers_are_silent(ablations):

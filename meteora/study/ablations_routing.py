@@ -102,6 +102,47 @@ def deciding_alone(model: MeteoraModel, parts: Sequence[str]) -> Iterator[None]:
             hook.remove()
 
 
+def weights_study(ablations: Ablations) -> Iterator[Variant]:
+    """What a choice is worth whose gate is unsure: adapters weigh what the softmax over all gives them, or nothing."""
+    for least in ablations.settings.weights:
+        name = f"none below {least:g}" if least else "shares of all adapters"
+
+        def produce(least: float = least, name: str = name) -> list[Row]:
+            model = ablations.study.model
+            methods = {}
+            for one, method in methods_of(model, "meteora_top1", "meteora_top2").items():
+
+                @contextmanager
+                def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
+                    with method.active(tasks), unsure(model, least):
+                        yield
+
+                methods[one] = replace(method, state=state)
+            answers = ablations.answer(methods, ablations.valid, "weights", name)
+            return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), temperature=1.0)
+
+        yield Variant(name, {}, produce)
+
+
+@contextmanager
+def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
+    """Inside, a token's k adapters weigh together the share that a softmax over all adapters gives them.
+
+    With ``least``, they weigh what they ever do where that share is at least so much, and nothing elsewhere.
+    """
+
+    def weigh(logits: torch.Tensor, top_k: int, temperature: float) -> Routing:
+        usual = route(logits, top_k, temperature)
+        share = torch.softmax(logits / temperature, -1).gather(-1, usual.indices).sum(-1, keepdim=True)
+        return Routing(usual.indices, usual.weights * (share >= least if least else share))
+
+    model.state.router = weigh
+    try:
+        yield
+    finally:
+        model.state.router = route
+
+
 def told_study(ablations: Ablations) -> Iterator[Variant]:
     """The task's own adapter in some decoder layers, the gates' choice in the others: where a wrong choice costs answers."""
     yield from _in_layers(ablations, "told", ablations.settings.told, ("meteora_top1", "meteora_top2"), told_in)
@@ -190,6 +231,7 @@ STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {
     "top_k": top_k_study,
     "temperature": temperature_study,
     "deciding": deciding_study,
+    "weights": weights_study,
     "told": told_study,
     "silent": silent_study,
 }

@@ -18,6 +18,7 @@ STUDY_TITLES = {
     "top_k": "adapters per token (k)",
     "temperature": "temperature, k = 2",
     "deciding": "gates that decide",
+    "weights": "weights of the chosen",
     "told": "own adapter in some layers, gates in the others",
     "silent": "no adapters in some layers",
     "modules": "modules with adapters",
