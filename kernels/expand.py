@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from meteora.kernels.launch import cdiv, overlap_options
 
 FEW_TOKENS = 64  # beyond them cuBLAS is faster, but it can only add into y itself
+WIDE = 8192  # columns of y, beyond which there are programs enough, each of which reads all of s
 FEW_TILES = 264  # two for each multiprocessor of an H100
 
 
@@ -78,7 +79,7 @@ def _expand(
 
 def expand(
     ys: Sequence[Tensor], s: Tensor, Bs: Sequence[Tensor], results: Sequence[Tensor] | None = None, *,
-    early: bool = True,
+    early: bool = True, widest: int = 0,
 ) -> None:  # fmt: skip
     """Write y + s B^T of each of n siblings to its result, by default y itself.
 
@@ -86,6 +87,8 @@ def expand(
         ys, results: n times (T, out).  Bs: n times (out, R).
         s: (T * n, >= R), a token's n siblings in a row.  Last dimensions are dense.
         early: no kernels but those that made s, which may still run, were started after those of the ys.
+        widest: the largest out of the layers that get one input, also where each is here alone: up to FEW_TOKENS it gets,
+            to the bit, what it would get with the others.
     """
     n, T, R = len(ys), ys[0].shape[0], Bs[0].shape[1]
     outs = tuple(B.shape[0] for B in Bs)
@@ -95,6 +98,10 @@ def expand(
         return
     if T <= 16:
         BT, BO, BR, group, warps, stages, y_first = 16, 32, 128, 1, 4, 2, True
+    elif T <= FEW_TOKENS and max(widest, *outs) <= WIDE:
+        BT, BO, BR, group, warps, stages, y_first = 64, 16, 128, 1, 4, 4, True
+    elif T <= FEW_TOKENS:
+        BT, BO, BR, group, warps, stages, y_first = 64, 32, 64, 1, 4, 4, True
     elif cdiv(T, 64) * cdiv(max(outs), 128) < FEW_TILES:
         BT, BO, BR, group, warps, stages, y_first = 64, 64, 64, 8, 4, 3, False
     else:

@@ -101,8 +101,12 @@ class _Gated(torch.autograd.Function):
             width = min(padded(N), len(packed) - R)
             dlogits = choose_backward(dweights, saved.indices, saved.weights, width, ctx.temperature, dtype=x.dtype)
             if needs_x:
-                dx = dlogits @ packed[R : R + width]
-                _add(saved, dx, ds, ctx.found)
+                dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+                gate = packed[R : R + width]
+                if ctx.whole:
+                    _add(saved, dlogits, ds, dx, ctx.found, gate)
+                else:
+                    _add(saved, torch.mm(dlogits, gate, out=dx), ds, dx, ctx.found)
             if needs_gate:
                 dgate = mm_float32(dlogits[:, :N].t(), x)
         return dy if needs_y else None, dx, dgate, None, None, None, None, None
@@ -128,7 +132,7 @@ class _Given(torch.autograd.Function):
                 dweights = dot_tiles(saved.s, ds, len(dy), saved.tiles, ctx.found)
             if needs_x:
                 dx = torch.zeros_like(saved.x, memory_format=torch.contiguous_format)
-                _add(saved, dx, ds, ctx.found)
+                _add(saved, dx, ds, dx, ctx.found)
         return dy if needs_y else None, dx, dweights, None, None, None, None
 
 
@@ -145,7 +149,7 @@ def _forward(
     s = shrink_tiles(x, A, tiles, found)
     expand_tiles(y if whole else out, s, B, weights, tiles, found, out)
     ctx.save_for_backward(x, A, B, indices, weights, s, *tiles[:3])
-    ctx.found = found
+    ctx.found, ctx.whole = found, whole
     return out
 
 
@@ -154,9 +158,12 @@ def _back_to_s(saved: _Saved, dy: Tensor, found: Segments) -> Tensor:
     return shrink_tiles(dense_rows(dy), saved.B.t(), saved.tiles, found)
 
 
-def _add(saved: _Saved, dx: Tensor, ds: Tensor, found: Segments) -> None:
-    """Add what comes back through the adapters into dx (T, in)."""
-    expand_tiles(dx, ds, saved.A[: saved.B.shape[1]].t(), saved.weights, saved.tiles, found, early=False)
+def _add(
+    saved: _Saved, before: Tensor, ds: Tensor, dx: Tensor, found: Segments, gate: Tensor | None = None
+) -> None:  # fmt: skip
+    """Leave in dx (T, in) what comes back through the adapters and ``before``, or ``before @ gate``."""
+    A = saved.A[: saved.B.shape[1]]
+    expand_tiles(before, ds, A.t(), saved.weights, saved.tiles, found, dx, gate=gate, early=False)
 
 
 # The weights' gradients, and the logits' ------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ def _gated_mix_inplace(
     if found is not None:
         grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
         return
-    operands = (column_adapter, num_adapters, top_k, temperature)
-    chosen = choose_siblings(x, packed, 1, max(widest, y.shape[1]), *operands, absolute=absolute)
-    add_siblings([y], chosen, [B], *operands, absolute=absolute)
+    operands, widest = (column_adapter, num_adapters, top_k, temperature), max(widest, y.shape[1])
+    chosen = choose_siblings(x, packed, 1, widest, *operands, absolute=absolute)
+    add_siblings([y], chosen, [B], *operands, absolute=absolute, widest=widest)
 
 
 def choose_siblings(
@@ -92,10 +92,12 @@ def choose_siblings(
 def add_siblings(
     ys: Sequence[Tensor], chosen: Tensor | gathered.Chosen, Bs: Sequence[Tensor], column_adapter: Tensor,
     num_adapters: int, top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
+    widest: int = 0,
 ) -> None:  # fmt: skip
     """Add the mixtures into the layers' outputs, n times (T, out), after :func:`choose_siblings`.
 
     ``early``: no kernels but those of `choose_siblings` were started since those that made the outputs.
+    ``widest``: the largest out of the layers that get x, where they are not all here.
     """
     if isinstance(chosen, gathered.Chosen):
         gathered.add(ys, chosen, Bs, early=early)
@@ -103,7 +105,7 @@ def add_siblings(
         options = {"absolute": absolute, "early": early}
         decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, **options)
     else:
-        expand(ys, chosen, Bs, early=early)
+        expand(ys, chosen, Bs, early=early, widest=widest)
 
 
 @on_its_device

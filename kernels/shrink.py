@@ -76,8 +76,10 @@ def shrink(x: Tensor, W: Tensor, layers: int = 1) -> Tensor:
         return mm_float32(x, W.t()).unsqueeze(0)
     if T <= 16:
         BT, BC, BK, warps, stages, least = 16, 16, 128, 2, 4, 256
-    elif T <= FEW_TOKENS:
+    elif T <= 32 and each <= 512:
         BT, BC, BK, warps, stages, least = 16, 32, 128, 4, 4, 512
+    elif T <= FEW_TOKENS:
+        BT, BC, BK, warps, stages, least = 64, 32, 128, 4, 3, 512
     else:
         BT, BC, BK, warps, stages, least = 64, 64, 128, 4, 3, 512
     tiles = cdiv(T, BT) * cdiv(each, BC)

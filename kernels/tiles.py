@@ -38,9 +38,11 @@ def shrink_tiles_ref(x: Tensor, A: Tensor, tiles: Tiles, starts: Tensor, width: 
     return s
 
 
-def expand_tiles_ref(y: Tensor, s: Tensor, B: Tensor, weights: Tensor, tiles: Tiles, starts: Tensor) -> Tensor:
+def expand_tiles_ref(
+    y: Tensor, s: Tensor, B: Tensor, weights: Tensor, tiles: Tiles, starts: Tensor, gate: Tensor | None = None
+) -> Tensor:
     """What :func:`expand_tiles` computes, in plain torch and float32 until the end."""
-    total = y.float().clone()
+    total = y.float().clone() if gate is None else y.float() @ gate.float()
     for choice, tile, tokens, rows in filled(tiles):
         n = tiles.adapter[choice, tile]
         own = B[:, starts[n] : starts[n + 1]].float()
@@ -184,10 +186,10 @@ def shrink_tiles(x: Tensor, A: Tensor, tiles: Tiles, segments: Segments) -> Tens
 
 @triton.jit(do_not_specialize=["choice", "first_tile"])
 def _expand_tiles(
-    y_ptr, out_ptr, s_ptr, b_ptr, weight_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, choice, first_tile, OUT,
-    y_stride, out_stride, b_stride, b_step, width,
-    TOP_K: tl.constexpr, FIRST: tl.constexpr, ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr, BO: tl.constexpr,
-    BR: tl.constexpr, OVERLAP: tl.constexpr,
+    y_ptr, out_ptr, s_ptr, b_ptr, weight_ptr, token_ptr, adapter_ptr, rows_ptr, start_ptr, gate_ptr, choice, first_tile,
+    OUT, y_stride, out_stride, b_stride, b_step, width, gate_stride,
+    TOP_K: tl.constexpr, FIRST: tl.constexpr, GATES: tl.constexpr, ALIGNED_BY: tl.constexpr, HEIGHT: tl.constexpr,
+    BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -207,7 +209,17 @@ def _expand_tiles(
     token = tl.load(token_ptr + tile * HEIGHT + row, mask=row < rows, other=0, cache_modifier=".cg").to(tl.int64)
     weight = tl.load(weight_ptr + token * TOP_K + choice, cache_modifier=".cg")[:, None]
     inside = (row < rows)[:, None] & (column < OUT)[None, :]
-    before = tl.load(y_ptr + token[:, None] * y_stride + column[None, :], mask=inside, other=0.0)
+    if GATES > 0:
+        n = tl.arange(0, BN)
+        before = tl.zeros((HEIGHT, BO), tl.float32)
+        for begin in range(0, GATES, BN):
+            real = begin + n < GATES
+            left = tl.load(y_ptr + token[:, None] * y_stride + (begin + n)[None, :], mask=real[None, :], other=0.0)
+            right = gate_ptr + (begin + n).to(tl.int64)[:, None] * gate_stride + column[None, :]
+            right = tl.load(right, mask=real[:, None] & (column < OUT)[None, :], other=0.0)
+            before = tl.dot(left, right, before, input_precision="ieee")
+    else:
+        before = tl.load(y_ptr + token[:, None] * y_stride + column[None, :], mask=inside, other=0.0)
     if OVERLAP and FIRST:
         gdc_wait()
     s = s_ptr + (tile * HEIGHT + row).to(tl.int64)[:, None] * width + r[None, :]
@@ -228,7 +240,7 @@ def _expand_tiles(
 
 def expand_tiles(
     y: Tensor, s: Tensor, B: Tensor, weights: Tensor, tiles: Tiles, segments: Segments, out: Tensor | None = None, *,
-    early: bool = True,
+    gate: Tensor | None = None, early: bool = True,
 ) -> Tensor:  # fmt: skip
     """Add each tile's rows of s times its adapter's columns of B, times the weights, to its tokens' rows of y.
 
@@ -236,18 +248,21 @@ def expand_tiles(
         y: (T, out), last dimension dense.  s: as :func:`shrink_tiles` gives it.  B: (out, R), either dimension dense.
         weights: (T, k) float32, dense.
         out: as y, where the sums go, of the tokens that are in a tile of the first choice; by default to y itself.
+        gate: (W, out), last dimension dense; then y is (T, W), and it is y @ gate that is added to.
         early: no kernels but :func:`shrink_tiles` were started since those that made y.
     """
-    OUT = y.shape[1]
-    BO = 64 if y.element_size() == 4 else 128
     out = y if out is None else out
+    OUT = out.shape[1]
+    BO = 64 if y.element_size() == 4 else 128
     for choice in range(len(tiles.tokens)):
         _expand_tiles[(tiles.each * cdiv(OUT, BO),)](
-            y, out, s, B, weights, tiles.tokens, tiles.adapter, tiles.rows, segments.starts, choice,
+            y, out, s, B, weights, tiles.tokens, tiles.adapter, tiles.rows, segments.starts, gate, choice,
             choice * tiles.each, OUT, y.stride(0), out.stride(0), *B.stride(), s.shape[1],
-            TOP_K=weights.shape[1], FIRST=choice == 0, ALIGNED_BY=ALIGNED if segments.aligned else 1,
-            HEIGHT=tiles.height, BO=BO, BR=block(s.shape[1], 64), num_warps=4, num_stages=2,
+            0 if gate is None else gate.stride(0),
+            TOP_K=weights.shape[1], FIRST=choice == 0, GATES=0 if gate is None else len(gate),
+            ALIGNED_BY=ALIGNED if segments.aligned else 1, HEIGHT=tiles.height, BO=BO, BR=block(s.shape[1], 64),
+            BN=16 if gate is None else block(len(gate), 64), num_warps=4, num_stages=2,
             **overlap_options(y, early or choice > 0),
         )  # fmt: skip
-        y = out
+        y, gate = out, None
     return out

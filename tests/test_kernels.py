@@ -87,6 +87,8 @@ SHAPES = [
     (3, 17, 65, [1, 0, 128, 5], 2),
     (16, 257, 33, [3, 7], 1),
     (33, 64, 130, [8] * 28, 2),
+    (20, 300, 40, [64] * 9, 2),  # more than 512 columns
+    (18, 16, 8200, [8] * 4, 2),  # a wide output
     (70, 130, 16, [2] * 5, 5),
     (130, 64, 72, [16, 8, 4], 2),
     (5, 40, 24, [1] * 256, 256),
@@ -105,7 +107,7 @@ def test_gated_mix_is_the_reference(tokens, features, out, ranks, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES[1:6])
+@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES[1:8])
 def test_every_gradient_of_gated_mix(tokens, features, out, ranks, k, dtype):
     *operands, owner = problem(tokens, features, out, ranks, dtype, shuffle=True)
     leaves = [t.clone().requires_grad_() for t in operands]
@@ -123,7 +125,7 @@ def test_every_gradient_of_gated_mix(tokens, features, out, ranks, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES[1:6])
+@pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES[1:8])
 def test_every_gradient_of_a_given_routing(tokens, features, out, ranks, k, dtype):
     y, x, A, B, _, owner = problem(tokens, features, out, ranks, dtype)
     indices, weights = routing_of(tokens, len(ranks), k)
@@ -188,6 +190,7 @@ def check_siblings(operands, k, temperature, dtype, *, absolute=False, early=Tru
         (4, 40, (4097, 16, 1), [1, 0, 7], 2),  # `decode` for the narrow ones alone
         (17, 700, (1, 130, 65), [5, 0, 12], 3),
         (64, 64, (70,), [8] * 9, 1),
+        (20, 40, (8200, 130), [8] * 28, 2),  # the narrow one alone is cut as beside the wide one
         (130, 64, (72, 16, 16), [16, 8, 4], 2),
         (90, 300, (40, 24), [1] * 20, 20),
     ],
@@ -574,6 +577,15 @@ def test_tiles_are_the_reference(tokens, features, out, ranks, k, dtype):
     out = y.clone()
     tiles.expand_tiles(y, s, B.t().contiguous().t(), weights, sorted_tiles, found, out, early=False)
     close(out, wanted, dtype)
+    # To a product in place of y: of the tokens that are in a tile of the first choice.
+    left, right = (torch.randn(*shape, device=DEVICE).to(dtype) / 8 for shape in ((tokens, 70), (70, y.shape[1])))
+    wanted = tiles.expand_tiles_ref(left.cpu(), s.cpu(), B.cpu(), weights.cpu(), *operands, gate=right.cpu())
+    out = torch.zeros_like(y)
+    tiles.expand_tiles(left, s, B, weights, sorted_tiles, found, out, gate=right, early=False)
+    first = [own for choice, _, own, _ in tiles.filled(operands[0]) if choice == 0]
+    for own in first:
+        close(out.cpu()[own], wanted[own], dtype)
+    assert tokens == 0 or first
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

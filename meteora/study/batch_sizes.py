@@ -126,6 +126,7 @@ def _limit(profile: Profile, device: torch.device) -> int | None:
     wanted = profile.needs.gpu_memory_gb * 1e9
     if device.type != "cuda":
         return None
+    device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     limit = min(wanted or total, total)
     torch.cuda.set_per_process_memory_fraction(limit / total, device)
