@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from meteora import MeteoraConfig
 from meteora.study import estimates
 from meteora.study.estimates import activation_bytes, adapter_parameters, gate_parameters, gpu_bytes, parameters
 from meteora.study.model_settings import DecoderShape
-from meteora.study.profiles import load_profile
+from meteora.study.profiles import REPOSITORY, load_profile
 from meteora.study.random_models import random_adapters, random_decoder, random_mixture
 
 SHAPE = DecoderShape(32, 64, 3, 4, 2, 256)
@@ -69,6 +70,31 @@ def test_every_phase_of_the_papers_profiles_fits_the_gpu_that_they_name(name):
     assert phases == sorted(phases) and phases[0] < phases[2]
     other = replace(profile, gates=gate.gates | {"first": {**profile.gates, "first": None}})
     assert gpu_bytes(other)["training gates"] == phases[1], "the stage that takes most"
+
+
+def test_what_was_measured_is_what_is_reckoned():
+    """On a GPU, at full size, with random weights: `meteora.study.batch_sizes`."""
+    profile = load_profile("llama3-8b")
+    rows = pd.read_csv(REPOSITORY / "results" / "llama3-8b" / "metrics" / "batch_sizes.csv")
+    peaks = rows[rows["metric"] == "peak_bytes"].dropna(subset="value").groupby(["phase", "batch"])["value"].first()
+    assert len(peaks) >= 10
+
+    def with_batch(phase, batch):
+        if phase == "answering":
+            return replace(profile, evaluation=replace(profile.evaluation, batch_size=batch))
+        if phase == "answering composites":
+            return replace(profile, composite=replace(profile.composite, batch_size=batch))
+        if phase.startswith("training gates"):
+            one = {"objective": phase.partition(", ")[2], "first": None, "tokens_per_batch": batch}
+            return replace(profile, gates=profile.gates | one)
+        name = {"training adapters": "adapters", "training LoRA-B": "lora_b"}[phase]
+        settings = getattr(profile, name)
+        return replace(profile, **{name: replace(settings, training=settings.training | {"tokens_per_batch": batch})})
+
+    for (phase, batch), measured in peaks.items():
+        reckoned = gpu_bytes(with_batch(phase, batch))[phase.partition(",")[0]]
+        least = 0.55 if phase.startswith("training gates") else 0.9  # of their tokens few are a response's
+        assert least * reckoned < measured < 1.06 * reckoned, f"{phase}, {batch}"
 
 
 def test_a_profile_without_a_shape_is_not_reckoned():

@@ -844,7 +844,7 @@ def test_training_over_sorted_tokens_in_a_graph_at_a_real_size(features, out, k)
     exact = [t.detach().float().requires_grad_(t is x or t is gate) for t in (y, x, A, B, gate)]
     ops.gated_mix_ref(*exact, owner, k).backward(dy.float())
     leaves = (x.requires_grad_(), gate.requires_grad_())
-    assert grouped_training.fits(4000, owner, k) is not None
+    assert grouped_training.fits(4000, A, B, owner, k) is not None
     result = backend.gated_mix(y, x, A, B, gate, owner, k)
     expected = torch.autograd.grad(result, leaves, dy, retain_graph=True)
     close(expected[0], exact[1].grad, torch.bfloat16, slack=3)

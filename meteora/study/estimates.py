@@ -119,7 +119,9 @@ def gpu_bytes(profile: Profile) -> dict[str, int]:
         ("answering", alone.batch_size, INDEPENDENT_PROMPT + alone.max_new_tokens),
         ("answering composites", several.batch_size, COMPOSITE_PROMPT + answers),
     ):
-        found[name] = mixture + batch * tokens * _cache_bytes(shape) + batch * shape.vocab_size * 4
+        # Where a prompt is read, a block holds its widest results, two and their product, and some of the others' size.
+        read = batch * tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size) * 2
+        found[name] = mixture + batch * tokens * _cache_bytes(shape) + batch * shape.vocab_size * 4 + read
     return found
 
 
