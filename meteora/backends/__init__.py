@@ -34,8 +34,8 @@ def resolve(backend: str, device_type: str) -> str:
     """The backend that is used on ``cpu`` or ``cuda`` for a name that may be ``auto``.
 
     ``auto`` is ``triton`` on a GPU and ``dense`` elsewhere, whatever the sizes, so that a compiled model needs no other
-    rule. On an H100 ``triton`` was more than 3% behind another in 8 of 532 settings: behind ``bmm``, by 7 to 9%, in the
-    backward pass of a single token with adapters of rank 64 (results/smollm2/metrics/benchmark.csv). On a CPU ``bmm``
+    rule. On an H200 ``triton`` was the fastest in all of 532 settings (results/smollm2/metrics/benchmark.csv). On a CPU
+    ``bmm``
     may be the faster one for few tokens of many adapters; name it there. Where Triton is missing on a GPU ``auto`` falls
     back to ``dense``, and says so once.
 
