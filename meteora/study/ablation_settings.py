@@ -72,6 +72,7 @@ class AblationSettings:
         modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
         weights: 0: a token's k adapters have their shares of a softmax over all adapters; more: none where these shares
             together are less, and elsewhere the usual weights.
+        weights_tested: one of them, on the test samples as well.
         told: name -> first decoder layer, and the one behind the last, where the task's own adapter is used; in the others
             the gates choose.
         silent: likewise, layers that have no adapters.
@@ -94,6 +95,7 @@ class AblationSettings:
     added_steps: int = 50
     modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
+    weights_tested: float | None = None
     told: dict[str, tuple[int, int]] = field(default_factory=dict)
     silent: dict[str, tuple[int, int]] = field(default_factory=dict)
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -114,7 +116,7 @@ class AblationSettings:
         at_least(0, shots=min(self.shots, default=0), seeds=min(self.seeds, default=0))
         for task in self.foreign:
             get_task(task)
-        for weight in self.weights:
+        for weight in (*self.weights, self.weights_tested or 0):
             if not 0 <= weight < 1:
                 raise ValueError(f"weights must be 0 or more and less than 1, not {weight!r}")
         for setting in ("told", "silent"):

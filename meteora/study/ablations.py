@@ -243,13 +243,15 @@ class Ablations:
     # Rows -------------------------------------------------------------------------------------------------------------
 
     def accuracy_rows(
-        self, accuracies: Accuracies, *, split: str = "valid", against: str | None = "peft", **setting: Any
-    ) -> list[Row]:
+        self, accuracies: Accuracies, *, split: str = "valid", against: str | None = "peft",
+        beside: Accuracies | None = None, **setting: Any,
+    ) -> list[Row]:  # fmt: skip
         """One row a method and task, and the mean over tasks (``ALL``), with intervals.
 
         Args:
             against: of the unchanged methods, the one whose accuracy on the same samples is subtracted in the rows with
                 metric ``difference``.
+            beside: the unchanged methods' accuracies, if not on the validation examples (`reference`).
         """
         rows = []
         for method, by_task in accuracies.items():
@@ -258,7 +260,8 @@ class Ablations:
                 rows.append(row("accuracy", *mean_over_tasks({task: values}), n=len(values), task=task, **common))
             rows += mean_rows(by_task, "ALL", common)
             if against is not None and by_task:
-                other = {task: self.reference[against][task] for task in by_task}
+                unchanged = self.reference if beside is None else beside
+                other = {task: unchanged[against][task] for task in by_task}
                 difference = paired_difference_over_tasks(by_task, other)
                 n = sum(map(len, by_task.values()))
                 rows.append(row("difference", *difference, n=n, task="ALL", unit=f"minus {against}", **common))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -14,6 +15,9 @@ from meteora.gating import route
 from meteora.study.ablations import Ablations, Variant, methods_of
 from meteora.study.baselines import Method, Tasks, with_temperature
 from meteora.study.measures import Row
+
+
+_GATED = ("meteora_top1", "meteora_top2")
 
 
 def top_k_study(ablations: Ablations) -> Iterator[Variant]:
@@ -108,20 +112,39 @@ def weights_study(ablations: Ablations) -> Iterator[Variant]:
         name = f"none below {least:g}" if least else "shares of all adapters"
 
         def produce(least: float = least, name: str = name) -> list[Row]:
-            model = ablations.study.model
-            methods = {}
-            for one, method in methods_of(model, "meteora_top1", "meteora_top2").items():
-
-                @contextmanager
-                def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
-                    with method.active(tasks), unsure(model, least):
-                        yield
-
-                methods[one] = replace(method, state=state)
-            answers = ablations.answer(methods, ablations.valid, "weights", name)
+            answers = ablations.answer(_unsure_methods(ablations, least), ablations.valid, "weights", name)
             return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), temperature=1.0)
 
         yield Variant(name, {}, produce)
+    # What was best of all on validation examples has to be so on others.
+    if ablations.settings.weights_tested is not None:
+        least = ablations.settings.weights_tested
+        yield Variant(f"none below {least:g}, test samples", {}, partial(_test_weights, ablations, least))
+
+
+def _test_weights(ablations: Ablations, least: float) -> list[Row]:
+    """On the samples of Table 1, the methods unchanged and changed, which are named ``..., none where unsure``."""
+    examples = ablations.examples("test", ablations.profile.evaluation.test_samples)
+    usual = ablations.answer(methods_of(ablations.study.model, "peft", *_GATED), examples, "weights", "test")
+    changed = ablations.answer(_unsure_methods(ablations, least), examples, "weights", f"test {least:g}")
+    common = {"split": "test", "beside": usual, "adapters": len(ablations.tasks), "temperature": 1.0}
+    rows = ablations.accuracy_rows(usual, **common)
+    for name, by_task in changed.items():
+        rows += ablations.accuracy_rows({f"{name}, none where unsure": by_task}, against=name, **common)
+    return rows
+
+
+def _unsure_methods(ablations: Ablations, least: float) -> dict[str, Method]:
+    model, methods = ablations.study.model, {}
+    for name, method in methods_of(model, *_GATED).items():
+
+        @contextmanager
+        def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
+            with method.active(tasks), unsure(model, least):
+                yield
+
+        methods[name] = replace(method, state=state)
+    return methods
 
 
 @contextmanager
@@ -145,13 +168,12 @@ def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
 
 def told_study(ablations: Ablations) -> Iterator[Variant]:
     """The task's own adapter in some decoder layers, the gates' choice in the others: where a wrong choice costs answers."""
-    yield from _in_layers(ablations, "told", ablations.settings.told, ("meteora_top1", "meteora_top2"), told_in)
+    yield from _in_layers(ablations, "told", ablations.settings.told, _GATED, told_in)
 
 
 def silent_study(ablations: Ablations) -> Iterator[Variant]:
     """No adapter in some decoder layers: what adapters are worth there to whoever knows the task, and to who must guess."""
-    methods = ("peft", "meteora_top1", "meteora_top2")
-    yield from _in_layers(ablations, "silent", ablations.settings.silent, methods, silent_in)
+    yield from _in_layers(ablations, "silent", ablations.settings.silent, ("peft", *_GATED), silent_in)
 
 
 def _in_layers(

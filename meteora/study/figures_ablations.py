@@ -34,6 +34,8 @@ _SPEED = {  # metric -> label, factor
 _STYLES = METHOD_STYLES | {
     "meteora_top3": (mix(BLUE, "#000000", 0.3), "D", "-"),
     "meteora_top4": (mix(BLUE, "#000000", 0.6), "s", "-"),
+    "meteora_top1, none where unsure": (mix(BLUE, "#ffffff", 0.4), "^", "-"),
+    "meteora_top2, none where unsure": (mix(BLUE, "#000000", 0.3), "^", "-"),
     "single_lora": ("#000000", "v", "--"),
 }
 
