@@ -130,6 +130,34 @@ def test_a_variant_is_run_once_until_something_it_depends_on_changes(tmp_path, w
     assert calls == ["a/b", "c"], "other gates"
 
 
+def test_times_are_kept_on_their_machine_and_those_of_another_only_if_they_are_asked_for(tmp_path, workspace, monkeypatch):
+    mine, produced = copied(workspace, tmp_path), []
+
+    def variant(timed=True, runs=True):
+        def produce():
+            produced.append(1)
+            return [row("prefill", 0.5, unit="s")]
+
+        return Variant("v", {}, produce if runs else None, timed)
+
+    def run(**options):
+        produced.clear()
+        return Ablations(mine, device=CPU).run("mine", [variant(**options)])
+
+    first = run()
+    assert produced and not run().empty and not produced
+    monkeypatch.setattr(core, "where_measured", lambda device: {"device": "another", "torch": "1", "triton": ""})
+    assert not run(timed=False).empty and not produced, "answers are the same anywhere"
+    assert run(runs=False).empty
+    there = Ablations(mine, device=CPU)
+    assert there.take("mine", variant(runs=False), first)
+    taken = run(runs=False)
+    assert set(taken["device"]) == set(first["device"]) and taken["value"].tolist() == first["value"].tolist()
+    assert run().equals(taken) and not produced, "what was taken stands in for what could be measured"
+    (mine.artifacts / "ablations" / "mine" / "v.json").unlink()
+    assert set(run()["device"]) == {"another"} and produced
+
+
 def test_what_is_kept_loads_no_model(workspace, whole, monkeypatch):
     monkeypatch.setattr(core, "open_study", None)
     monkeypatch.setattr("meteora.study.ablations_composites.open_study", None)
@@ -624,7 +652,8 @@ def test_backends_that_cannot_run_here_are_left_out(workspace, whole, monkeypatc
     speed = dataclasses.replace(workspace.profile.ablations.speed, backends=("loop", "triton"))
     settings = dataclasses.replace(workspace.profile.ablations, speed=speed)
     mine = Ablations(Workspace(dataclasses.replace(workspace.profile, ablations=settings)), device=CPU)
-    assert [variant.name for variant in STUDIES["latency"](mine)] == ["loop"]
+    runs = {variant.name: variant.produce is not None for variant in STUDIES["latency"](mine)}
+    assert runs == {"loop": True, "triton": False}
 
 
 def test_methods_share_one_model(ablations):

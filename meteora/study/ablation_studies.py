@@ -71,7 +71,8 @@ def run_studies(
         if end is not None and time.monotonic() > end:
             return False
         found = ablations.run(name, [variant])
-        logger.info("%s: %s\n%s", name, variant.name, _summary(found))
+        if len(found):
+            logger.info("%s: %s\n%s", name, variant.name, _summary(found))
     return True
 
 
@@ -112,10 +113,9 @@ def write_kept(ablations: Ablations) -> None:
     for name, study in STUDIES.items():
         for variant in study(ablations):
             kept = ablations.kept(name, variant)
-            if kept is None:
+            if kept is None and variant.produce is not None:
                 missing.append(f"{name}: {variant.name}")
-            else:
-                rows += kept
+            rows += kept or []
     if rows:
         ablations.workspace.write_csv("ablations.csv", pd.DataFrame(rows, columns=COLUMNS))
     if missing:

@@ -53,11 +53,19 @@ GATE_SAMPLES = 10  # examples of a task that the gates' accuracy is counted on
 
 
 class Variant(NamedTuple):
-    """One setting of a study: its name, what decides its rows besides data, adapters and gates, and how it is run."""
+    """One setting of a study.
+
+    Attributes:
+        settings: what decides its rows besides data, adapters and gates.
+        produce: how it is run; ``None`` where this machine cannot: it is left out then, unless it was recorded elsewhere.
+        timed: times are what is measured. They belong to a machine, and are kept on that one alone, unless `Ablations.take`
+            was asked for those of another.
+    """
 
     name: str
     settings: Any
-    produce: Callable[[], list[Row]]
+    produce: Callable[[], list[Row]] | None
+    timed: bool = False
 
 
 class TrainedGates(NamedTuple):
@@ -94,9 +102,17 @@ class Ablations:
         """The rows of a variant that was finished with the present inputs, else ``None``; nothing is produced."""
         path, mark = self._place(study, variant)
         kept = _read(path, mark)
-        return None if kept is None else _named(study, variant, kept)
+        if kept is None or (variant.timed and not self._holds_here(kept)):
+            return None
+        return _named(study, variant, kept)
+
+    def _holds_here(self, kept: Mapping[str, Any]) -> bool:
+        """Whether times are of this machine, or were taken from a record."""
+        return "recorded" in kept or where_measured(self.device).items() <= kept.items()
 
     def _produce(self, study: str, variant: Variant) -> list[Row]:
+        if variant.produce is None:
+            return []
         path, mark = self._place(study, variant)
         begin = time.perf_counter()
         produced = variant.produce()
@@ -108,16 +124,16 @@ class Ablations:
     def take(self, study: str, variant: Variant, recorded: pd.DataFrame) -> bool:
         """Keep a variant's rows of an `ablations.csv`, if they are of the present inputs; whether they are.
 
-        What is kept already stays.
+        What is kept already stays. Times may be another machine's, which the rows name.
         """
         path, mark = self._place(study, variant)
         here = (recorded["study"] == study) & (recorded["variant"] == variant.name) & (recorded["fingerprint"] == mark)
         if not here.any():
             return False
-        if _read(path, mark) is None:
+        if self.kept(study, variant) is None:
             *produced, taken = (r.dropna().to_dict() for _, r in recorded.loc[here, list(_OWN)].iterrows())
             common = recorded.loc[here, list(_COMMON)].iloc[0].to_dict()
-            write_json(path, {**common, "seconds": taken["value"], "rows": produced})
+            write_json(path, {**common, "seconds": taken["value"], "rows": produced, "recorded": True})
         return True
 
     def _place(self, study: str, variant: Variant) -> tuple[Path, str]:

@@ -14,7 +14,6 @@ from meteora import MeteoraConfig, MeteoraModel
 from meteora.adapters import Adapter, LoraWeights, load_adapter
 from meteora.backends import get_mix
 from meteora.study.ablations import Ablations, Variant, row
-from meteora.study.artifacts import device_name, versions
 from meteora.study.baselines import share_weights
 from meteora.study.benchmark_measure import time_and_memory
 from meteora.study.benchmark_model import Case, next_logits, random_cache
@@ -133,7 +132,7 @@ def scale_study(ablations: Ablations) -> Iterator[Variant]:
             return rows
 
         name = f"{n} adapters, {batch} x {tokens} tokens"
-        yield Variant(name, [_where(ablations), speed.repeats], produce)
+        yield Variant(name, [speed.repeats], produce, timed=True)
 
 
 def _bounds(ablations: Ablations) -> dict[str, tuple[MeteoraModel, Callable[[], AbstractContextManager]]]:
@@ -149,10 +148,6 @@ def latency_study(ablations: Ablations) -> Iterator[Variant]:
     if speed is None:
         return
     for backend in speed.backends:
-        try:
-            get_mix(backend, ablations.device.type)
-        except RuntimeError:  # it cannot run on this device
-            continue
 
         def produce(backend: str = backend) -> list[Row]:
             model, rows = ablations.study.model, []
@@ -170,13 +165,16 @@ def latency_study(ablations: Ablations) -> Iterator[Variant]:
                 rows += [{**common, **r} for r in found]
             return rows
 
-        yield Variant(backend, [_where(ablations), speed.tokens[0], speed.repeats], produce)
+        runs = _can_run(backend, ablations.device)
+        yield Variant(backend, [speed.tokens[0], speed.repeats], produce if runs else None, timed=True)
 
 
-def _where(ablations: Ablations) -> list[str]:
-    """Times belong to a machine and to the versions of what they ran on."""
-    found = versions()
-    return [device_name(ablations.profile.model.device), found["torch"], found["transformers"]]
+def _can_run(backend: str, device: torch.device) -> bool:
+    try:
+        get_mix(backend, device.type)
+    except RuntimeError:
+        return False
+    return True
 
 
 STUDIES: dict[str, Callable[[Ablations], Iterator[Variant]]] = {"latency": latency_study, "scale": scale_study}
