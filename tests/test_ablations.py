@@ -533,9 +533,10 @@ def test_unsure_gates_add_less(ablations):
     assert (first == 1).all()
     soft, weights, indices = run(unsure(model))
     caught = {}
-    model.layers[name].register_forward_pre_hook(lambda _, inputs: caught.setdefault("x", inputs[0]))
+    hook = model.layers[name].register_forward_pre_hook(lambda _, inputs: caught.setdefault("x", inputs[0]))
     with torch.no_grad():
         model(input_ids=ids)
+    hook.remove()
     logits = caught["x"].float() @ model.layers[name].gate.weight.t()
     torch.testing.assert_close(weights[name][..., 0].flatten(), logits.softmax(-1).amax(-1).flatten())
     assert torch.equal(indices[name][..., 0], logits.argmax(-1)) and not torch.allclose(soft, usual)
@@ -583,7 +584,13 @@ def test_some_layers_are_silent(ablations):
     torch.testing.assert_close(run(silent_in(model, (), [0])), without)
     assert model.state.enabled and torch.equal(run(), before)
     assert torch.equal(run(silent_in(model, (), ())), before)
-    assert torch.equal(run(silent_in(model, (), range(2))), run(model.disable_adapters()))
+    base = run(model.disable_adapters())
+    assert torch.equal(run(silent_in(model, (), range(2))), base)
+    with model.disable_adapters():
+        assert torch.equal(run(silent_in(model, (), [0])), base) and not model.state.enabled
+    with pytest.raises(RuntimeError), silent_in(model, (), [0]):
+        first[0](torch.zeros(1, 1, 1))  # its hook that comes after is not called
+    assert model.state.enabled and torch.equal(run(), before)
     with silent_in(model, (), [0]):
         cached, plain = (
             model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use, pad_token_id=0) for use in (True, False)

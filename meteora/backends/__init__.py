@@ -35,9 +35,8 @@ def resolve(backend: str, device_type: str) -> str:
 
     ``auto`` is ``triton`` on a GPU and ``dense`` elsewhere, whatever the sizes, so that a compiled model needs no other
     rule. On an H200 ``triton`` was the fastest in all of 532 settings (results/smollm2/metrics/benchmark.csv). On a CPU
-    ``bmm``
-    may be the faster one for few tokens of many adapters; name it there. Where Triton is missing on a GPU ``auto`` falls
-    back to ``dense``, and says so once.
+    ``bmm`` may be the faster one for few tokens of many adapters; name it there. Where Triton is missing on a GPU
+    ``auto`` falls back to ``dense``, and says so once.
 
     Raises:
         ValueError: for a name that is none.

@@ -72,7 +72,7 @@ class AblationSettings:
         modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
         weights: 0: a token's k adapters have their shares of a softmax over all adapters; more: none where these shares
             together are less, and elsewhere the usual weights.
-        weights_tested: one of them, on the test samples as well.
+        weights_tested: one of those above 0, on the test samples as well.
         told: name -> first decoder layer, and the one behind the last, where the task's own adapter is used; in the others
             the gates choose.
         silent: likewise, layers that have no adapters.
@@ -116,9 +116,11 @@ class AblationSettings:
         at_least(0, shots=min(self.shots, default=0), seeds=min(self.seeds, default=0))
         for task in self.foreign:
             get_task(task)
-        for weight in (*self.weights, self.weights_tested or 0):
+        for weight in self.weights:
             if not 0 <= weight < 1:
                 raise ValueError(f"weights must be 0 or more and less than 1, not {weight!r}")
+        if self.weights_tested is not None and (not self.weights_tested or self.weights_tested not in self.weights):
+            raise ValueError(f"weights_tested must be one of weights above 0, not {self.weights_tested!r}")
         for setting in ("told", "silent"):
             for name, (first, behind) in getattr(self, setting).items():
                 if not 0 <= first < behind:

@@ -6,7 +6,8 @@ goes on with the variant it was at. A change of the code alone does not discard 
 the device and the versions that it was produced with, and the fingerprint of all its inputs.
 
 The studies themselves are in ``ablations_*.py``, by what they vary. Variants are compared on validation examples, which
-gates and adapters were not trained on and from which the test samples are disjoint; only `seeds` uses the test split.
+gates and adapters were not trained on and from which the test samples are disjoint; `seeds`, and what `weights` repeats, use
+the test split.
 """
 
 from __future__ import annotations

@@ -116,10 +116,11 @@ def weights_study(ablations: Ablations) -> Iterator[Variant]:
             return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), temperature=1.0)
 
         yield Variant(name, {}, produce)
-    # What was best of all on validation examples has to be so on others.
+    # What was best on validation examples has to be so on others.
     if ablations.settings.weights_tested is not None:
         least = ablations.settings.weights_tested
-        yield Variant(f"none below {least:g}, test samples", {}, partial(_test_weights, ablations, least))
+        settings = {"test_samples": ablations.profile.evaluation.test_samples}
+        yield Variant(f"none below {least:g}, test samples", settings, partial(_test_weights, ablations, least))
 
 
 def _test_weights(ablations: Ablations, least: float) -> list[Row]:
@@ -235,16 +236,18 @@ def told_in(model: MeteoraModel, tasks: Tasks, layers: Container[int]) -> Iterat
 def silent_in(model: MeteoraModel, tasks: Tasks, layers: Container[int]) -> Iterator[None]:
     """Inside, modules of decoder layers with these numbers are the base model's, whatever the ``tasks``."""
     state, hooks = model.state, []
+    before = state.enabled
 
     def set_to(enabled: bool) -> Callable[..., None]:
         return lambda *_: setattr(state, "enabled", enabled)
 
     for name, layer in model.layers.items():
         if decoder_layer(name) in layers:
-            hooks += [layer.register_forward_pre_hook(set_to(False)), layer.register_forward_hook(set_to(True))]
+            hooks += [layer.register_forward_pre_hook(set_to(False)), layer.register_forward_hook(set_to(before))]
     try:
         yield
     finally:
+        state.enabled = before  # a layer that failed has not set it back
         for hook in hooks:
             hook.remove()
 

@@ -8,9 +8,8 @@ much as they say. Texts are random tokens, as long as the longest that the tasks
 
 writes ``results/<profile>/metrics/batch_sizes.csv``, one row a measurement, in the columns COLUMNS. ``batch`` counts
 tokens where something is trained (``tokens_per_batch``), and texts where prompts are answered (``batch_size``).
-``metric`` is ``tokens_per_s``, of which those of a prompt count like an answer's; ``peak_bytes``, the most that was held
-on the GPU at once, weights included (on a CPU: by the process); or ``reckoned_bytes``, what a dry run says of the
-profile's own batch.
+``metric`` is ``tokens_per_s``, of which those of a prompt count like an answer's; or ``peak_bytes``, the most that was held
+on the GPU at once, weights included (on a CPU: by the process).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up
 from meteora.study.benchmark_measure import require_memory_error
 from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
 from meteora.study.decoding import TranscriptBatch
-from meteora.study.estimates import COMPOSITE_PROMPT, INDEPENDENT_PROMPT, gpu_bytes
+from meteora.study.estimates import COMPOSITE_PROMPT, INDEPENDENT_PROMPT
 from meteora.study.model_settings import TrainingSpeed
 from meteora.study.profiles import Profile, ProfileError, load_profile
 from meteora.study.random_models import random_adapters, random_decoder, random_mixture
@@ -51,14 +51,15 @@ LARGEST = 8  # times the profile's batch
 NEW_TOKENS = 64  # of an answer; the rest of the text counts as prompt
 STEPS = 2  # of a training, that are timed
 WORTH = 1.05  # times the speed, below which a larger batch is not worth its memory
-_UNITS = {"tokens_per_s": "tokens/s", "peak_bytes": "bytes", "reckoned_bytes": "bytes"}
+IDLE = 0.03  # of a step's batches, the share that may be pads
+_UNITS = {"tokens_per_s": "tokens/s", "peak_bytes": "bytes"}
 
 
 class Phase(NamedTuple):
     """A part of a run whose memory a batch decides.
 
     Attributes:
-        name: as in `estimates.gpu_bytes`, with the objective of a training of gates behind it.
+        name: as in a dry run, with the objective of a training of gates behind it.
         batch: the profile's, in ``unit``.
         text_tokens: of each text.
         seconds: given a batch, runs the phase and returns how long ``tokens(batch)`` tokens took.
@@ -80,20 +81,21 @@ def measure_batches(profile: Profile, device: torch.device) -> Iterator[dict[str
     """
     if profile.model.shape is None:
         raise ProfileError(f"profile {profile.name!r} does not say its model's shape; give it one under model.shape.")
-    limit = _limit(profile, device)
-    reckoned = gpu_bytes(profile)
+    with _limited(profile, device) as limit:
+        yield from _measured(profile, device, limit)
+
+
+def _measured(profile: Profile, device: torch.device, limit: int | None) -> Iterator[dict[str, Any]]:
     for phase in _phases(profile, device):
         common = {
             "phase": phase.name, "unit_of_batch": phase.unit, "text_tokens": phase.text_tokens, "limit_bytes": limit,
             "dtype": profile.model.dtype,
         }  # fmt: skip
         found: dict[int, float] = {}
-        for batch in _batches(phase.batch, found):
+        for batch in _batches(phase, found):
             values = _measure(phase, batch, device)
             if values["tokens_per_s"] is not None:
                 found[batch] = values["tokens_per_s"]
-            if batch == phase.batch:
-                values["reckoned_bytes"] = reckoned.get(phase.name.partition(",")[0])
             for metric, value in values.items():
                 unit = _UNITS[metric] if value is not None else OUT_OF_MEMORY
                 yield {**common, "batch": batch, "metric": metric, "value": value, "unit": unit}
@@ -108,29 +110,34 @@ def advice(found: dict[int, float]) -> str:
     return f"take {min(batch for batch, speed in found.items() if speed * WORTH >= max(found.values()))}"
 
 
-def _batches(own: int, found: dict[int, float]) -> Iterator[int]:
-    """The batches to try, given those that did fit so far."""
-    batch = own
+def _batches(phase: Phase, found: dict[int, float]) -> Iterator[int]:
+    """The batches to try, given those that did fit so far; of tokens none that is smaller than a text."""
+    own = batch = phase.batch
+    least = phase.text_tokens if phase.unit == "tokens" else 1
     while True:
         yield batch
         if batch in found and batch >= own and batch < LARGEST * own:
             batch *= 2
-        elif batch not in found and batch <= own and batch > 1:
+        elif batch not in found and batch <= own and batch // 2 >= least:
             batch //= 2
         else:
             return
 
 
-def _limit(profile: Profile, device: torch.device) -> int | None:
-    """Let the process have no more than the profile needs; in bytes."""
-    wanted = profile.needs.gpu_memory_gb * 1e9
+@contextmanager
+def _limited(profile: Profile, device: torch.device) -> Iterator[int | None]:
+    """Inside, the process has no more than the profile needs; that, in bytes."""
     if device.type != "cuda":
-        return None
+        yield None
+        return
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
-    limit = min(wanted or total, total)
+    limit = min(int(profile.needs.gpu_memory_gb * 1e9) or total, total)
     torch.cuda.set_per_process_memory_fraction(limit / total, device)
-    return int(limit)
+    try:
+        yield limit
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _measure(phase: Phase, batch: int, device: torch.device) -> dict[str, float | None]:
@@ -149,12 +156,14 @@ def _measure(phase: Phase, batch: int, device: torch.device) -> dict[str, float 
 def _in_words(values: dict[str, float | None]) -> str:
     if values["tokens_per_s"] is None:
         return OUT_OF_MEMORY
-    said = f", {values['reckoned_bytes'] / 1e9:.1f} GB reckoned" if values.get("reckoned_bytes") else ""
-    return f"{values['tokens_per_s']:,.0f} tokens/s, {values['peak_bytes'] / 1e9:.1f} GB{said}"
+    return f"{values['tokens_per_s']:,.0f} tokens/s, {values['peak_bytes'] / 1e9:.1f} GB"
 
 
 def _phases(profile: Profile, device: torch.device) -> Iterator[Phase]:
-    """In the order of a run. The model is the base alone first, then the mixture."""
+    """In the order of a run. The model is the base alone first, then the mixture.
+
+    A training that is like the one before it, as LoRA-F's usually is, is not measured again.
+    """
     alone, several = profile.evaluation, profile.composite
     answers = several.max_new_tokens_per_answer * max(several.sizes)
     texts = {
@@ -164,8 +173,10 @@ def _phases(profile: Profile, device: torch.device) -> Iterator[Phase]:
     dtype, context = getattr(torch, profile.model.dtype), max(tokens for _, tokens in texts.values())
     base = random_decoder(profile.model.shape, context=context, dtype=dtype, device=device, seed=profile.seed)
     trainings = (("adapters", profile.adapters, len(profile.tasks)), ("LoRA-B", profile.lora_b, 1))
-    for name, settings, count in trainings:
-        if settings is not None and settings.path is None:
+    before: list[Any] = []
+    for name, settings, count in (*trainings, ("LoRA-F", profile.lora_f, 1)):
+        if settings is not None and settings.path is None and (settings.config(), count) not in before:
+            before.append((settings.config(), count))
             yield _adapter_training(f"training {name}", base, settings.config(profile.seed), count, device)
     adapters = random_adapters(base, len(profile.tasks), profile.adapters.rank, seed=profile.seed)
     model = random_mixture(base, adapters, MeteoraConfig(), seed=profile.seed)
@@ -177,8 +188,19 @@ def _phases(profile: Profile, device: torch.device) -> Iterator[Phase]:
 
 
 def _samples_per_step(config: TrainingConfig, tasks: int, tokens: int, batch: int) -> int:
-    """As many samples of each task that a step has a full batch."""
-    return max(config.samples_per_step, math.ceil(batch / (tasks * tokens)))
+    """As many samples of each task that a step has a full batch or more, and the last one few pads.
+
+    Recorded batches have the full length or half of it: see `meteora.packed_batches`.
+    """
+    least = max(config.samples_per_step, math.ceil(batch / (tasks * tokens)))
+    half = max(1, batch // 2)
+
+    def idle(samples: int) -> float:
+        own = samples * tasks * tokens
+        return 1 - own / (math.ceil(own / half) * half)
+
+    tried = range(least, least + 16)
+    return next((samples for samples in tried if idle(samples) <= IDLE), min(tried, key=idle))
 
 
 def _text(config: TrainingConfig) -> tuple[int, int]:
@@ -244,7 +266,8 @@ def _answering(name: str, model: MeteoraModel, own: int, tokens: int, device: to
         transcripts.decode([steps] * batch, last=True)
 
     def seconds(batch: int) -> float:
-        answer(batch, min(128, tokens - new), min(8, new))  # compiles what the others use
+        answer(batch, min(128, tokens - new), min(8, new))  # compiles what the others use,
+        answer(1, tokens - new, 2)  # and kernels for many tokens
         begin = time.perf_counter()
         answer(batch, tokens - new, new)
         return time.perf_counter() - begin

@@ -44,12 +44,15 @@ _STYLES = METHOD_STYLES | {
 def variant_accuracy(ablations: pd.DataFrame, studies: Sequence[str]) -> Figure:
     """Mean accuracy of every variant, a panel a study; lines: the base model, and PEFT told the task.
 
+    All on validation examples, but for ``seeds``.
+
     Args:
         ablations: rows of these studies and of ``reference``.
         studies: those without rows are left out.
     """
     require_columns(ablations, NEEDED, "ablations.csv")
     frame = ablations[(ablations["metric"] == "accuracy") & (ablations["task"] == "ALL")]
+    frame = frame[(frame["study"] == "seeds") | (frame["split"] != "test")]
     lines = frame[frame["study"] == "reference"].set_index("method")["value"]
     panels = {study: frame[frame["study"] == study] for study in studies}
     panels = {study: part for study, part in panels.items() if len(part)}
