@@ -94,22 +94,36 @@ class _Gated(torch.autograd.Function):
         dx = dgate = None
         if needs_x or needs_gate:
             saved = _Saved(*ctx.saved_tensors)
-            x, packed, R, N = saved.x, saved.A, saved.B.shape[1], ctx.num_adapters
             ds = _back_to_s(saved, dy, ctx.found)
-            dweights = dot_tiles(saved.s, ds, len(x), saved.tiles, ctx.found)
-            # As many columns as the product wants, zeros at the end, against whatever is packed behind the gate.
-            width = min(padded(N), len(packed) - R)
-            dlogits = choose_backward(dweights, saved.indices, saved.weights, width, ctx.temperature, dtype=x.dtype)
-            if needs_x:
-                dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-                gate = packed[R : R + width]
-                if ctx.whole:
-                    _add(saved, dlogits, ds, dx, ctx.found, gate)
-                else:
-                    _add(saved, torch.mm(dlogits, gate, out=dx), ds, dx, ctx.found)
-            if needs_gate:
-                dgate = mm_float32(dlogits[:, :N].t(), x)
+            # A single choice has the weight 1 whatever its logit: nothing comes back to the gate.
+            if saved.weights.shape[1] > 1:
+                dx, dgate = _back_through_gate(ctx, saved, ds, needs_x, needs_gate)
+            else:
+                dx = _back_to_x(saved, ds, ctx.found, ctx.whole) if needs_x else None
+                dgate = ds.new_zeros(ctx.num_adapters, saved.x.shape[1], dtype=torch.float32) if needs_gate else None
         return dy if needs_y else None, dx, dgate, None, None, None, None, None
+
+
+def _back_through_gate(
+    ctx, saved: _Saved, ds: Tensor, needs_x: bool, needs_gate: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x (T, in), that through the adapters included, and of the gate (N, in) float32."""
+    x, packed, R, N = saved.x, saved.A, saved.B.shape[1], ctx.num_adapters
+    dx = dgate = None
+    dweights = dot_tiles(saved.s, ds, len(x), saved.tiles, ctx.found)
+    # As many columns as the product wants, zeros at the end, against whatever is packed behind the gate.
+    width = min(padded(N), len(packed) - R)
+    dlogits = choose_backward(dweights, saved.indices, saved.weights, width, ctx.temperature, dtype=x.dtype)
+    if needs_x:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        gate = packed[R : R + width]
+        if ctx.whole:
+            _add(saved, dlogits, ds, dx, ctx.found, gate)
+        else:
+            _add(saved, torch.mm(dlogits, gate, out=dx), ds, dx, ctx.found)
+    if needs_gate:
+        dgate = mm_float32(dlogits[:, :N].t(), x)
+    return dx, dgate
 
 
 class _Given(torch.autograd.Function):
@@ -131,8 +145,7 @@ class _Given(torch.autograd.Function):
             if needs_weights:
                 dweights = dot_tiles(saved.s, ds, len(dy), saved.tiles, ctx.found)
             if needs_x:
-                dx = torch.zeros_like(saved.x, memory_format=torch.contiguous_format)
-                _add(saved, dx, ds, dx, ctx.found)
+                dx = _back_to_x(saved, ds, ctx.found, ctx.whole)
         return dy if needs_y else None, dx, dweights, None, None, None, None
 
 
@@ -156,6 +169,17 @@ def _forward(
 def _back_to_s(saved: _Saved, dy: Tensor, found: Segments) -> Tensor:
     """ds in the order of the tiles, before the weights."""
     return shrink_tiles(dense_rows(dy), saved.B.t(), saved.tiles, found)
+
+
+def _back_to_x(saved: _Saved, ds: Tensor, found: Segments, whole: bool) -> Tensor:
+    """The gradient of x (T, in) through the adapters alone."""
+    if not whole:
+        dx = torch.zeros_like(saved.x, memory_format=torch.contiguous_format)
+        _add(saved, dx, ds, dx, found)
+        return dx
+    dx = torch.empty_like(saved.x, memory_format=torch.contiguous_format)
+    _add(saved, dx.new_zeros(1, dx.shape[1]).expand_as(dx), ds, dx, found)  # one row of zeros is there for all
+    return dx
 
 
 def _add(

@@ -269,10 +269,13 @@ def _backward_gated(ctx, dy, *_) -> tuple:
         return dy, *zero, None, None, None, None
     dx = dA = dB = dgate = None
     if needs_x or needs_A or needs_gate:
-        t, _ = route_backward_op(dy @ B, raw, column_adapter, indices, weights, N, ctx.temperature)
+        # A single choice has the weight 1 whatever its logit: nothing comes back to the gate.
+        gates = N if indices.shape[1] > 1 else None
+        t, _ = route_backward_op(dy @ B, raw, column_adapter, indices, weights, gates, ctx.temperature)
         dx = t @ packed[: t.shape[1]] if needs_x else None
         dA = t[:, :R].t() @ x if needs_A else None
-        dgate = mm_float32(t[:, R : R + N].t(), x) if needs_gate else None
+        if needs_gate:
+            dgate = mm_float32(t[:, R : R + N].t(), x) if gates else x.new_zeros(N, x.shape[1], dtype=torch.float32)
     if needs_B:
         dB = dy.t() @ mask_op(raw, column_adapter, indices, weights)[:, :R]
     return dy, dx, dA, dB, dgate, None, None, None, None
