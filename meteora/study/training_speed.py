@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
+from meteora import GateTrainingConfig, MeteoraConfig, train_gates
 from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up, write_text
 from meteora.study.benchmark_measure import require_memory_error
 from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
