@@ -99,6 +99,13 @@ def of(frame, **wanted):
     return frame
 
 
+def with_random_gates(model):
+    """Gates that choose one adapter here and another there, and two texts to choose for."""
+    for n, layer in enumerate(model.layers.values()):
+        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
+    return torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
 # Variants are kept ----------------------------------------------------------------------------------------------------
 
 
@@ -449,9 +456,7 @@ def test_a_row_in_closed_form_is_the_ridge_regression_on_the_inputs(ablations):
 
 def test_other_layers_follow_the_last_decision(ablations):
     model = ablations.study.model
-    for n, layer in enumerate(model.layers.values()):
-        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = with_random_gates(model)
 
     def choices(*context):
         with torch.no_grad(), model.trace() as trace:
@@ -485,9 +490,7 @@ def test_other_layers_follow_the_last_decision(ablations):
 
 def test_some_layers_are_told_and_the_others_choose(ablations):
     model = ablations.study.model
-    for n, layer in enumerate(model.layers.values()):
-        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = with_random_gates(model)
     tasks, own = ["toy_parity", "toy_echo"], torch.tensor([model.adapter_names.index(n) for n in ("toy_parity", "toy_echo")])
 
     def run(*contexts):
@@ -519,9 +522,7 @@ def test_some_layers_are_told_and_the_others_choose(ablations):
 
 def test_unsure_gates_add_less(ablations):
     model = ablations.study.model
-    for n, layer in enumerate(model.layers.values()):
-        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = with_random_gates(model)
 
     def run(context=contextlib.nullcontext()):
         with context, torch.no_grad(), model.trace() as trace:
@@ -562,9 +563,7 @@ def test_unsure_gates_add_less(ablations):
 
 def test_some_layers_are_silent(ablations):
     model = ablations.study.model
-    for n, layer in enumerate(model.layers.values()):
-        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(n))
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = with_random_gates(model)
 
     def run(context=contextlib.nullcontext()):
         with context, torch.no_grad():

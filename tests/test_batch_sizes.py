@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from meteora.study import batch_sizes
+from meteora.study import batch_sizes, estimates
 from meteora.study.batch_sizes import COLUMNS, advice, main, measure_batches
 from meteora.study.profiles import PROFILES, ProfileError, load_profile
 
@@ -20,8 +20,8 @@ PHASES += ["answering", "answering composites"]
 @pytest.fixture
 def profile(monkeypatch):
     """Profile smoke with a shape, and short texts."""
-    monkeypatch.setattr(batch_sizes, "INDEPENDENT_PROMPT", 30)
-    monkeypatch.setattr(batch_sizes, "COMPOSITE_PROMPT", 40)
+    monkeypatch.setattr(estimates, "INDEPENDENT_PROMPT", 30)
+    monkeypatch.setattr(estimates, "COMPOSITE_PROMPT", 40)
     monkeypatch.setattr(batch_sizes, "LARGEST", 2)
     found = load_profile("smoke")
     gates = found.gates | {"objective": "joint", "gradient_checkpointing": True, "first": {"objective": "gate"}}
@@ -81,7 +81,7 @@ def test_a_training_like_the_one_before_is_not_measured_again(profile):
     assert [phase.name for phase in batch_sizes._phases(profile, CPU)] == PHASES
 
 
-def test_a_step_has_a_full_batch_of_every_task(profile):
+def test_a_step_has_a_full_batch_of_every_task(profile, monkeypatch):
     config = replace(profile.adapters.config(), samples_per_step=1, max_length=64)
     tasks = ["a", "b", "c"]
     base = torch.nn.Module()
@@ -94,7 +94,8 @@ def test_a_step_has_a_full_batch_of_every_task(profile):
     assert steps.tokens_per_batch == 1000 and steps.max_steps == 4
     counts = pd.Series([row["task"] for row in samples]).value_counts()
     assert set(counts) == {each * 4}, "each sample is seen once"
-    assert batch_sizes._step_tokens(config, 3)(1000) == each * 3 * 64
+    monkeypatch.setattr(batch_sizes, "seconds_per_step", lambda train, device: 2.0)
+    assert batch_sizes._adapter_training("three", base, config, 3, CPU).speed(1000) == each * 3 * 64 / 2
 
 
 def test_more_is_tried_until_memory_ends_and_less_where_the_own_batch_does_not_fit(profile, monkeypatch):

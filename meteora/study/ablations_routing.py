@@ -16,8 +16,18 @@ from meteora.study.ablations import Ablations, Variant, methods_of
 from meteora.study.baselines import Method, Tasks, with_temperature
 from meteora.study.measures import Row
 
-
 _GATED = ("meteora_top1", "meteora_top2")
+
+
+def inside(method: Method, changed: Callable[[Tasks], AbstractContextManager]) -> Method:
+    """The method with what ``changed`` makes of its model besides."""
+
+    @contextmanager
+    def state(tasks: Tasks) -> Iterator[None]:
+        with method.active(tasks), changed(tasks):
+            yield
+
+    return replace(method, state=state)
 
 
 def top_k_study(ablations: Ablations) -> Iterator[Variant]:
@@ -52,15 +62,8 @@ def deciding_study(ablations: Ablations) -> Iterator[Variant]:
         def produce(name: str = name, parts: Sequence[str] = parts) -> list[Row]:
             model = ablations.study.model
             (method,) = methods_of(model, "meteora_top2").values()
-
-            @contextmanager
-            def state(tasks: Tasks) -> Iterator[None]:
-                with method.active(tasks), deciding_alone(model, parts):
-                    yield
-
-            answers = ablations.answer(
-                {"meteora_top2": replace(method, state=state)}, ablations.valid, "deciding", name
-            )
+            methods = {"meteora_top2": inside(method, lambda tasks: deciding_alone(model, parts))}
+            answers = ablations.answer(methods, ablations.valid, "deciding", name)
             return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), top_k=2, temperature=1.0)
 
         yield Variant(f"gates of {name} decide", {"modules": parts}, produce)
@@ -136,16 +139,9 @@ def _test_weights(ablations: Ablations, least: float) -> list[Row]:
 
 
 def _unsure_methods(ablations: Ablations, least: float) -> dict[str, Method]:
-    model, methods = ablations.study.model, {}
-    for name, method in methods_of(model, *_GATED).items():
-
-        @contextmanager
-        def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
-            with method.active(tasks), unsure(model, least):
-                yield
-
-        methods[name] = replace(method, state=state)
-    return methods
+    model = ablations.study.model
+    methods = methods_of(model, *_GATED)
+    return {name: inside(method, lambda tasks: unsure(model, least)) for name, method in methods.items()}
 
 
 @contextmanager
@@ -169,7 +165,7 @@ def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
 
 def told_study(ablations: Ablations) -> Iterator[Variant]:
     """The task's own adapter in some decoder layers, the gates' choice in the others: where a wrong choice costs answers."""
-    yield from _in_layers(ablations, "told", ablations.settings.told, _GATED, told_in)
+    yield from _in_layers(ablations, "told", ablations.settings.told, _GATED, told_in, told=True)
 
 
 def silent_study(ablations: Ablations) -> Iterator[Variant]:
@@ -183,21 +179,22 @@ def _in_layers(
     ranges: Mapping[str, tuple[int, int]],
     names: Sequence[str],
     changed: Callable[[MeteoraModel, Tasks, range], AbstractContextManager],
+    *,
+    told: bool = False,
 ) -> Iterator[Variant]:
-    """A variant for every range of decoder layers, in which ``changed`` makes the methods differ."""
+    """A variant for every range of decoder layers, in which ``changed`` makes the methods differ.
+
+    Args:
+        told: whether that tells the methods the task.
+    """
     for name, (first, behind) in ranges.items():
 
         def produce(name: str = name, layers: range = range(first, behind)) -> list[Row]:
             model = ablations.study.model
-            methods = {}
-            for one, method in methods_of(model, *names).items():
-
-                @contextmanager
-                def state(tasks: Tasks, method: Method = method) -> Iterator[None]:
-                    with method.active(tasks), changed(model, tasks, layers):
-                        yield
-
-                methods[one] = replace(method, state=state, told_task=method.told_task or changed is told_in)
+            methods = {
+                one: replace(inside(method, lambda tasks: changed(model, tasks, layers)), told_task=told or method.told_task)
+                for one, method in methods_of(model, *names).items()
+            }
             answers = ablations.answer(methods, ablations.valid, study, name)
             return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), temperature=1.0)
 

@@ -14,7 +14,6 @@ on the GPU at once, weights included (on a CPU: by the process).
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import math
@@ -25,18 +24,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 
 from meteora import MeteoraConfig, MeteoraModel, train_adapters, train_gates
 from meteora.config import AdapterTrainingConfig, GateTrainingConfig, TrainingConfig
-from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up, write_text
+from meteora.study.artifacts import peak_bytes
 from meteora.study.benchmark_measure import require_memory_error
-from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
+from meteora.study.benchmark_rows import OUT_OF_MEMORY
 from meteora.study.decoding import TranscriptBatch
-from meteora.study.estimates import COMPOSITE_PROMPT, INDEPENDENT_PROMPT
+from meteora.study.estimates import answered_texts
+from meteora.study.measuring import measure_to_file
 from meteora.study.model_settings import TrainingSpeed
-from meteora.study.profiles import Profile, ProfileError, load_profile
+from meteora.study.profiles import Profile, ProfileError
 from meteora.study.random_models import random_adapters, random_decoder, random_mixture
 from meteora.study.training_speed import WARM_UP, CodePoints, random_samples, seconds_per_step
 
@@ -62,15 +61,14 @@ class Phase(NamedTuple):
         name: as in a dry run, with the objective of a training of gates behind it.
         batch: the profile's, in ``unit``.
         text_tokens: of each text.
-        seconds: given a batch, runs the phase and returns how long ``tokens(batch)`` tokens took.
+        speed: given a batch, runs the phase and returns tokens a second.
     """
 
     name: str
     batch: int
     unit: str
     text_tokens: int
-    seconds: Callable[[int], float]
-    tokens: Callable[[int], int]
+    speed: Callable[[int], float]
 
 
 def measure_batches(profile: Profile, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -146,11 +144,10 @@ def _measure(phase: Phase, batch: int, device: torch.device) -> dict[str, float 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        seconds = phase.seconds(batch)
+        return {"tokens_per_s": phase.speed(batch), "peak_bytes": peak_bytes(device)}
     except RuntimeError as error:
         require_memory_error(error)
         return {"tokens_per_s": None, "peak_bytes": None}
-    return {"tokens_per_s": phase.tokens(batch) / seconds, "peak_bytes": peak_bytes(device)}
 
 
 def _in_words(values: dict[str, float | None]) -> str:
@@ -164,13 +161,8 @@ def _phases(profile: Profile, device: torch.device) -> Iterator[Phase]:
 
     A training that is like the one before it, as LoRA-F's usually is, is not measured again.
     """
-    alone, several = profile.evaluation, profile.composite
-    answers = several.max_new_tokens_per_answer * max(several.sizes)
-    texts = {
-        "answering": (alone.batch_size, INDEPENDENT_PROMPT + alone.max_new_tokens),
-        "answering composites": (several.batch_size, COMPOSITE_PROMPT + answers),
-    }
-    dtype, context = getattr(torch, profile.model.dtype), max(tokens for _, tokens in texts.values())
+    texts, dtype = answered_texts(profile), getattr(torch, profile.model.dtype)
+    context = max(tokens for _, tokens in texts.values())
     base = random_decoder(profile.model.shape, context=context, dtype=dtype, device=device, seed=profile.seed)
     trainings = (("adapters", profile.adapters, len(profile.tasks)), ("LoRA-B", profile.lora_b, 1))
     before: list[Any] = []
@@ -223,7 +215,7 @@ def _adapter_training(
 ) -> Phase:
     tasks, length = [f"task {n}" for n in range(count)], sum(_text(config))
 
-    def seconds(batch: int) -> float:
+    def speed(batch: int) -> float:
         steps, rows = _training(config, tasks, batch, base)
         data = {task: [row for row in rows if row["task"] == task] for task in tasks}
         held_out = {task: examples[:1] for task, examples in data.items()}  # so that the best so far are kept, too
@@ -232,25 +224,21 @@ def _adapter_training(
             with tempfile.TemporaryDirectory() as folder:
                 train_adapters(base, data, steps, tokenizer=CodePoints(), output_dir=folder, validation=held_out)
 
-        return seconds_per_step(train, device)
+        return steps.samples_per_step * count * length / seconds_per_step(train, device)
 
-    return Phase(name, config.tokens_per_batch, "tokens", length, seconds, _step_tokens(config, count))
-
-
-def _step_tokens(config: TrainingConfig, tasks: int) -> Callable[[int], int]:
-    tokens = sum(_text(config))
-    return lambda batch: tokens * tasks * _samples_per_step(config, tasks, tokens, batch)
+    return Phase(name, config.tokens_per_batch, "tokens", length, speed)
 
 
 def _gate_training(model: MeteoraModel, config: GateTrainingConfig, device: torch.device) -> Phase:
     tasks, config = model.adapter_names, replace(config, first=None, mixed_per_step=None)
+    length = sum(_text(config))
 
-    def seconds(batch: int) -> float:
+    def speed(batch: int) -> float:
         steps, rows = _training(config, tasks, batch, model.base_model)
-        return seconds_per_step(lambda: train_gates(model, rows, steps, tokenizer=CodePoints()), device)
+        seconds = seconds_per_step(lambda: train_gates(model, rows, steps, tokenizer=CodePoints()), device)
+        return steps.samples_per_step * len(tasks) * length / seconds
 
-    name = f"training gates, {config.objective}"
-    return Phase(name, config.tokens_per_batch, "tokens", sum(_text(config)), seconds, _step_tokens(config, len(tasks)))
+    return Phase(f"training gates, {config.objective}", config.tokens_per_batch, "tokens", length, speed)
 
 
 def _answering(name: str, model: MeteoraModel, own: int, tokens: int, device: torch.device) -> Phase:
@@ -265,38 +253,22 @@ def _answering(name: str, model: MeteoraModel, own: int, tokens: int, device: to
         transcripts.extend(torch.randint(2, vocabulary, (batch, prompt), generator=generator).tolist())
         transcripts.decode([steps] * batch, last=True)
 
-    def seconds(batch: int) -> float:
+    def speed(batch: int) -> float:
         answer(batch, min(128, tokens - new), min(8, new))  # compiles what the others use,
         answer(1, tokens - new, 2)  # and kernels for many tokens
         begin = time.perf_counter()
         answer(batch, tokens - new, new)
-        return time.perf_counter() - begin
+        return batch * tokens / (time.perf_counter() - begin)
 
-    return Phase(name, own, "texts", tokens, seconds, lambda batch: batch * tokens)
+    return Phase(name, own, "texts", tokens, speed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 for what cannot be run."""
-    parser = argparse.ArgumentParser(prog="python -P -m meteora.study.batch_sizes", description="Try a profile's batches.")
-    parser.add_argument("--profile", default="llama3-8b", metavar="NAME", help="a profile's name or .yaml file (llama3-8b)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the profile's")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        workspace = Workspace(load_profile(options.profile))
-        profile = workspace.profile
-        if options.device:
-            profile = replace(profile, model=replace(profile.model, device=options.device))
-        device = set_up(profile)
-        where, rows = where_measured(device), []
-        for row in measure_batches(profile, device):
-            rows.append({**row, **where})
-            frame = pd.DataFrame(rows, columns=COLUMNS)  # what was measured is there even if the rest is broken off
-            write_text(workspace.metrics / FILE, frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
-    except (ProfileError, ArtifactError) as error:
-        logger.error("error: %s", error)
-        return 2
-    return 0
+    return measure_to_file(
+        measure_batches, COLUMNS, arguments, module="meteora.study.batch_sizes", description="Try a profile's batches.",
+        profile="llama3-8b", file=FILE,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.figure
@@ -28,6 +27,7 @@ from meteora.study.benchmark_measure import measure_device, measure_layers
 from meteora.study.benchmark_model import measure_model
 from meteora.study.benchmark_rows import RowFile, read_rows, where_measured
 from meteora.study.benchmark_tasks import measure_tasks, prompt_lengths
+from meteora.study.measuring import on_device
 from meteora.study.predictions import fingerprint
 from meteora.study.profiles import BenchmarkSettings, ProfileError, load_profile
 from meteora.study.records import Records
@@ -144,8 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, figure in draw(read_rows(options.output)).items():
                 workspace.save_figure(figure, name)
             return 0
-        if options.device:
-            profile = replace(profile, model=replace(profile.model, device=options.device))
+        profile = on_device(profile, options.device)
         device = set_up(profile)
         lengths = prompt_lengths(workspace) if "tasks" in options.levels else {}
         complete = run_benchmark(

@@ -6,6 +6,7 @@ and what autograd keeps of it is added up. What is not counted is what a kernel 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -49,6 +50,7 @@ def _linears(shape: DecoderShape) -> list[tuple[int, int]]:
     return [(h, h), (h, kv), (h, kv), (h, h), (h, f), (h, f), (f, h)]
 
 
+@functools.cache  # LoRA-B and LoRA-F are usually trained alike
 def activation_bytes(
     shape: DecoderShape, tokens: int, *, adapters: int, rank: int, trained: str, checkpointing: bool = False
 ) -> int:
@@ -113,16 +115,21 @@ def gpu_bytes(profile: Profile) -> dict[str, int]:
             found[f"training {name}"] = base + adapters * one * (TRAINED + KEPT) + kept
     kept = max(_kept_by_gates(shape, stage, count, rank) for stage in profile.gate_config().stages())
     found["training gates"] = mixture + gates * (TRAINED - 4) + kept
-    alone, several = profile.evaluation, profile.composite
-    answers = several.max_new_tokens_per_answer * max(several.sizes)
-    for name, batch, tokens in (
-        ("answering", alone.batch_size, INDEPENDENT_PROMPT + alone.max_new_tokens),
-        ("answering composites", several.batch_size, COMPOSITE_PROMPT + answers),
-    ):
+    for name, (batch, tokens) in answered_texts(profile).items():
         # Where a prompt is read, a block holds its widest results, two and their product, and some of the others' size.
         read = batch * tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size) * 2
         found[name] = mixture + batch * tokens * _cache_bytes(shape) + batch * shape.vocab_size * 4 + read
     return found
+
+
+def answered_texts(profile: Profile) -> dict[str, tuple[int, int]]:
+    """Phase of the run -> texts at once, and the tokens of a long one, with its answers."""
+    alone, several = profile.evaluation, profile.composite
+    answers = several.max_new_tokens_per_answer * max(several.sizes)
+    return {
+        "answering": (alone.batch_size, INDEPENDENT_PROMPT + alone.max_new_tokens),
+        "answering composites": (several.batch_size, COMPOSITE_PROMPT + answers),
+    }
 
 
 def _kept_by_gates(shape: DecoderShape, config: GateTrainingConfig, adapters: int, rank: int) -> int:

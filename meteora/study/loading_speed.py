@@ -12,18 +12,16 @@ profile's ``benchmark.model`` has, and without values, as nothing is computed wi
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import peft
 import torch
 from safetensors.torch import save_file
@@ -31,10 +29,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from meteora import MeteoraModel
 from meteora.adapters import WEIGHTS_FILE, peft_tensors
-from meteora.study.artifacts import ArtifactError, Workspace, set_up, write_text
-from meteora.study.benchmark_rows import where_measured
+from meteora.study.artifacts import ArtifactError
+from meteora.study.measuring import measure_to_file
 from meteora.study.model_settings import WholeModel
-from meteora.study.profiles import ProfileError, load_profile
+from meteora.study.profiles import Profile, ProfileError
 from meteora.study.random_models import SCALING, TARGETS, random_adapters
 
 logger = logging.getLogger(__name__)
@@ -101,26 +99,16 @@ def _most_memory(*, forget: bool = False) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 for what cannot be run."""
-    parser = argparse.ArgumentParser(prog="python -P -m meteora.study.loading_speed", description="Time loading adapters.")
-    parser.add_argument("--profile", default="smollm2", metavar="NAME", help="a profile's name or .yaml file (smollm2)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the profile's")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        workspace = Workspace(load_profile(options.profile))
-        profile, whole = workspace.profile, workspace.profile.benchmark.model
-        if whole is None:
-            raise ProfileError(f"profile {profile.name!r} has no section benchmark.model; give it one.")
-        if options.device:
-            profile = replace(profile, model=replace(profile.model, device=options.device))
-        device = set_up(profile)
-        rows = measure_loading(whole, profile.benchmark.dtype, device, seed=profile.seed)
-    except (ProfileError, ArtifactError) as error:
-        logger.error("error: %s", error)
-        return 2
-    frame = pd.DataFrame([{**row, **where_measured(device)} for row in rows], columns=COLUMNS)
-    write_text(workspace.metrics / FILE, frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
-    return 0
+    return measure_to_file(
+        _measure_profile, COLUMNS, arguments, module="meteora.study.loading_speed", description="Time loading adapters.",
+        profile="smollm2", file=FILE,
+    )  # fmt: skip
+
+
+def _measure_profile(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+    if profile.benchmark.model is None:
+        raise ProfileError(f"profile {profile.name!r} has no section benchmark.model; give it one.")
+    return measure_loading(profile.benchmark.model, profile.benchmark.dtype, device, seed=profile.seed)
 
 
 if __name__ == "__main__":

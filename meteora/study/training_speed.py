@@ -12,26 +12,23 @@ process); or ``hours``, what BUDGET samples of that length would take, the paper
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from meteora import GateTrainingConfig, MeteoraConfig, train_gates
-from meteora.study.artifacts import ArtifactError, Workspace, peak_bytes, set_up, write_text
+from meteora.study.artifacts import peak_bytes
 from meteora.study.benchmark_measure import require_memory_error
-from meteora.study.benchmark_rows import OUT_OF_MEMORY, where_measured
+from meteora.study.benchmark_rows import OUT_OF_MEMORY
+from meteora.study.measuring import measure_to_file
 from meteora.study.model_settings import TrainingSpeed, WholeModel
-from meteora.study.profiles import ProfileError, load_profile
+from meteora.study.profiles import Profile, ProfileError
 from meteora.study.random_models import random_adapters, random_decoder, random_mixture
 
 logger = logging.getLogger(__name__)
@@ -128,29 +125,17 @@ def seconds_per_step(train: Callable[[], Any], device: torch.device) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 for what cannot be run."""
-    parser = argparse.ArgumentParser(prog="python -P -m meteora.study.training_speed", description="Time gate training.")
-    parser.add_argument("--profile", default="smollm2", metavar="NAME", help="a profile's name or .yaml file (smollm2)")
-    parser.add_argument("--output", metavar="FILE", help=f"instead of results/NAME/metrics/{FILE}")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="instead of the profile's")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        workspace = Workspace(load_profile(options.profile))
-        profile, whole = workspace.profile, workspace.profile.benchmark.model
-        if whole is None or whole.training is None:
-            raise ProfileError(f"profile {profile.name!r} has no section benchmark.model.training; give it one.")
-        if options.device:
-            profile = replace(profile, model=replace(profile.model, device=options.device))
-        device = set_up(profile)
-        rows = measure_training(whole, profile.benchmark.dtype, device, seed=profile.seed)
-    except (ProfileError, ArtifactError) as error:
-        logger.error("error: %s", error)
-        return 2
-    where = where_measured(device)
-    frame = pd.DataFrame([{**row, **where} for row in rows], columns=COLUMNS)
-    path = Path(options.output) if options.output else workspace.metrics / FILE
-    write_text(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
-    return 0
+    return measure_to_file(
+        _measure_profile, COLUMNS, arguments, module="meteora.study.training_speed", description="Time gate training.",
+        profile="smollm2", file=FILE,
+    )  # fmt: skip
+
+
+def _measure_profile(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+    whole = profile.benchmark.model
+    if whole is None or whole.training is None:
+        raise ProfileError(f"profile {profile.name!r} has no section benchmark.model.training; give it one.")
+    return measure_training(whole, profile.benchmark.dtype, device, seed=profile.seed)
 
 
 if __name__ == "__main__":
