@@ -23,6 +23,7 @@ from meteora.study import ablations as core
 from meteora.study import figures_ablations as figures
 from meteora.study.ablation_studies import STUDIES, run_studies
 from meteora.study.ablations import COLUMNS, Ablations, Variant, methods_of, row
+from meteora.study.ablations_composites import answer_all_composites
 from meteora.study.ablations_formats import training_data
 from meteora.study.ablations_gates import nested_tasks
 from meteora.study.ablations_routing import deciding_alone, silent_in, told_in, unsure
@@ -369,6 +370,31 @@ def test_trainings_of_gates_are_compared_on_composites_of_validation_problems(ab
     asked = json.loads((workspace.predictions / "ablations/reference/composite-2/sequential/peft.jsonl").open().readline())
     valid = {example["prompt"] for rows in ablations.examples("valid").values() for example in rows}
     assert {prompt for prompts in asked["prompts"].values() for prompt in prompts} <= valid
+
+
+def test_unsure_gates_answer_the_composites_without_adapters(ablations, whole):
+    least = ablations.settings.weights_tested
+    rows = of(whole, study="composites")
+    assert list(rows["variant"].unique()) == [*ablations.settings.composite_methods, f"none below {least:g}"]
+    found = of(rows, variant=f"none below {least:g}", metric="correct")
+    assert set(found["method"]) == {"meteora_top1, none where unsure", "meteora_top2, none where unsure"}
+    usual = of(rows, variant="arrow", metric="correct")
+    keys = ["composite", "protocol", "shots", "temperature", "n"]
+    assert set(found[keys].itertuples(index=False)) == set(usual[keys].itertuples(index=False))
+    # Gates that prefer no adapter are nowhere sure enough: the answers are the base model's.
+    ablations.settings = dataclasses.replace(ablations.settings, weights=(0.9,), weights_tested=0.9)
+    model = ablations.study.model
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.gate.weight.zero_()
+    *_, variant = STUDIES["composites"](ablations)
+    silent = of(pd.DataFrame(variant.produce()), metric="correct")
+    base = answer_all_composites(
+        ablations, {"base": ablations.study.methods["base"]}, ablations.profile.composite.count, ablations.answers_folder("base")
+    )
+    expected = of(pd.DataFrame(base), metric="correct")["value"].tolist()
+    for _, values in silent.groupby("method"):
+        assert values["value"].tolist() == expected
 
 
 def test_training_on_composites_is_compared_on_the_same_items(whole, workspace):

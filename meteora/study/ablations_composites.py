@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.composite import CompositeItem, build_composites
-from meteora.study.ablations import Ablations, Variant
+from meteora.study.ablations import Ablations, Variant, methods_of
+from meteora.study.ablations_routing import GATED, none_where_unsure, unsure
 from meteora.study.baselines import Method
 from meteora.study.composite import can_run, composite_rows, predict_composite
 from meteora.study.measures import Row
@@ -32,8 +33,11 @@ def shots_study(ablations: Ablations) -> Iterator[Variant]:
 
 
 def composites_study(ablations: Ablations) -> Iterator[Variant]:
-    """The composites of notebook 04, items and protocols alike, answered by the other methods."""
-    composite = ablations.profile.composite
+    """The composites of notebook 04, items and protocols alike, answered by the other methods.
+
+    The last variant is MeteoRA at temperature 1, without adapters where its gates are unsure.
+    """
+    composite, least = ablations.profile.composite, ablations.settings.weights_tested
     for name in ablations.settings.composite_methods:
 
         def produce(name: str = name) -> list[Row]:
@@ -41,6 +45,16 @@ def composites_study(ablations: Ablations) -> Iterator[Variant]:
             return answer_all_composites(ablations, study.methods, composite.count, ablations.workspace.predictions)
 
         yield Variant(name, {"composite": composite_settings(ablations), "xlora": ablations.profile.xlora}, produce)
+
+    def without_unsure() -> list[Row]:
+        model, name = ablations.study.model, f"none below {least:g}"
+        with unsure(model, least):
+            folder = ablations.answers_folder("composites", name)
+            rows = answer_all_composites(ablations, methods_of(model, *GATED), composite.count, folder)
+        return [row | {"method": none_where_unsure(row["method"])} for row in rows]
+
+    if least is not None:
+        yield Variant(f"none below {least:g}", {"composite": composite_settings(ablations)}, without_unsure)
 
 
 def composite_settings(ablations: Ablations) -> list:

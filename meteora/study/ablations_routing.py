@@ -16,7 +16,7 @@ from meteora.study.ablations import Ablations, Variant, methods_of
 from meteora.study.baselines import Method, Tasks, with_temperature
 from meteora.study.measures import Row
 
-_GATED = ("meteora_top1", "meteora_top2")
+GATED = ("meteora_top1", "meteora_top2")
 
 
 def inside(method: Method, changed: Callable[[Tasks], AbstractContextManager]) -> Method:
@@ -129,18 +129,23 @@ def weights_study(ablations: Ablations) -> Iterator[Variant]:
 def _test_weights(ablations: Ablations, least: float) -> list[Row]:
     """On the samples of Table 1, the methods unchanged and changed, which are named ``..., none where unsure``."""
     examples = ablations.examples("test", ablations.profile.evaluation.test_samples)
-    usual = ablations.answer(methods_of(ablations.study.model, "peft", *_GATED), examples, "weights", "test")
+    usual = ablations.answer(methods_of(ablations.study.model, "peft", *GATED), examples, "weights", "test")
     changed = ablations.answer(_unsure_methods(ablations, least), examples, "weights", f"test {least:g}")
     common = {"split": "test", "beside": usual, "adapters": len(ablations.tasks), "temperature": 1.0}
     rows = ablations.accuracy_rows(usual, **common)
     for name, by_task in changed.items():
-        rows += ablations.accuracy_rows({f"{name}, none where unsure": by_task}, against=name, **common)
+        rows += ablations.accuracy_rows({none_where_unsure(name): by_task}, against=name, **common)
     return rows
+
+
+def none_where_unsure(name: str) -> str:
+    """The name of a method, changed by `unsure`, where the unchanged one stands beside it."""
+    return f"{name}, none where unsure"
 
 
 def _unsure_methods(ablations: Ablations, least: float) -> dict[str, Method]:
     model = ablations.study.model
-    methods = methods_of(model, *_GATED)
+    methods = methods_of(model, *GATED)
     return {name: inside(method, lambda tasks: unsure(model, least)) for name, method in methods.items()}
 
 
@@ -148,12 +153,13 @@ def _unsure_methods(ablations: Ablations, least: float) -> dict[str, Method]:
 def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
     """Inside, a token's k adapters weigh together the share that a softmax over all adapters gives them.
 
-    With ``least``, they weigh what they ever do where that share is at least so much, and nothing elsewhere.
+    With ``least``, they weigh what they ever do where that share is at least so much, and nothing elsewhere. The share does
+    not depend on the temperature, which divides the logits of the chosen alone.
     """
 
     def weigh(logits: torch.Tensor, top_k: int, temperature: float) -> Routing:
         usual = route(logits, top_k, temperature)
-        share = torch.softmax(logits / temperature, -1).gather(-1, usual.indices).sum(-1, keepdim=True)
+        share = torch.softmax(logits.float(), -1).gather(-1, usual.indices).sum(-1, keepdim=True)
         return Routing(usual.indices, usual.weights * (share >= least if least else share))
 
     model.state.router = weigh
@@ -165,12 +171,12 @@ def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
 
 def told_study(ablations: Ablations) -> Iterator[Variant]:
     """The task's own adapter in some decoder layers, the gates' choice in the others: where a wrong choice costs answers."""
-    yield from _in_layers(ablations, "told", ablations.settings.told, _GATED, told_in, told=True)
+    yield from _in_layers(ablations, "told", ablations.settings.told, GATED, told_in, told=True)
 
 
 def silent_study(ablations: Ablations) -> Iterator[Variant]:
     """No adapter in some decoder layers: what adapters are worth there to whoever knows the task, and to who must guess."""
-    yield from _in_layers(ablations, "silent", ablations.settings.silent, ("peft", *_GATED), silent_in)
+    yield from _in_layers(ablations, "silent", ablations.settings.silent, ("peft", *GATED), silent_in)
 
 
 def _in_layers(
