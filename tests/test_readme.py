@@ -169,13 +169,29 @@ def test_results_block(tmp_path) -> None:
         for method, value in (("meteora_top2", 0.5), ("peft", 0.6))
         for task in ("ALL", "winowhy")
     ]
-    seeds = pd.DataFrame(rows, columns=["study", "variant", "method", "metric", "task", "value"])
+    seeds = pd.DataFrame(rows, columns=["study", "variant", "method", "metric", "task", "value"]).assign(split="test")
     seeds.query("variant == 'seed 0'").to_csv(metrics / "ablations.csv", index=False)
     assert results_block(tmp_path) == block  # one seed has no spread
     seeds.to_csv(metrics / "ablations.csv", index=False)
     table = results_block(tmp_path)
     assert "| method | seed 0 | seed 2 | mean and standard deviation |" in table
     assert "| PEFT (told the task) | 0.600 | 0.620 | 0.610 ± 0.014 |\n| MeteoRA top-2 | 0.500 | 0.520 | 0.510 ±" in table
+    rows = [
+        ("weights", f"none below 0.5{where}", method, metric, "ALL", value, value - 0.01, value + 0.02, split)
+        for where, split, worse in (("", "valid", 0.1), (", test samples", "test", 0.0))
+        for method, metric, value in (
+            ("peft", "accuracy", 0.46 - worse),
+            ("meteora_top2", "accuracy", 0.43 - worse),
+            ("meteora_top2, none where unsure", "accuracy", 0.455 - worse),
+            ("meteora_top2, none where unsure", "difference", 0.025 - worse),
+        )
+    ]
+    columns = ["study", "variant", "method", "metric", "task", "value", "low", "high", "split"]
+    pd.DataFrame(rows, columns=columns).to_csv(metrics / "ablations.csv", index=False)
+    assert (
+        "the k chosen less than 0.5 together, MeteoRA top-2 has 0.455 then, not 0.430 (difference 0.025 [0.015, 0.045]); "
+        "PEFT has 0.460." in results_block(tmp_path)
+    )
 
 
 def test_claims_come_from_the_largest_run_that_measured_them(tmp_path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from meteora.study import loading_speed, training_speed
+from meteora.study.ablations_routing import none_where_unsure
 from meteora.study.artifacts import write_text
 from meteora.study.benchmark_results import aims_table, side_by_side
 from meteora.study.benchmark_rows import read_rows
@@ -103,7 +104,8 @@ def results_block(results: Path = RESULTS) -> str:
                 few, tasks = tasks_at_a_guess(guessing, independent)
                 parts.append(f"In {few} of {tasks} tasks PEFT's interval reaches down to the better of the two guesses.\n")
         if (metrics / "ablations.csv").is_file():
-            parts.append(_seeds(pd.read_csv(metrics / "ablations.csv")))
+            ablations = pd.read_csv(metrics / "ablations.csv")
+            parts += [_seeds(ablations), _unsure(ablations)]
         if (metrics / "composite.csv").is_file():
             temperatures = load_profile(name).composite.temperature
             parts.append(_composites(pd.read_csv(metrics / "composite.csv"), temperatures, guessing))
@@ -121,6 +123,29 @@ def _seeds(ablations: pd.DataFrame) -> str:
     named["mean and standard deviation"] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means.mean(axis=1), means.std(axis=1))]
     caption = f"Everything trained {len(means.columns)} times, with other seeds (accuracy on the same test samples):"
     return to_markdown(named.rename_axis("method").reset_index(), caption)
+
+
+def _unsure(ablations: pd.DataFrame) -> str:
+    """What it is worth that adapters whose gate is unsure add nothing, on the samples of Table 1; nothing if not tried."""
+    rows = ablations[(ablations["study"] == "weights") & (ablations["split"] == "test") & (ablations["task"] == "ALL")]
+    if rows.empty:
+        return ""
+    least = re.search(r"below (\S+),", rows["variant"].iloc[0])[1]
+    values = {
+        (row.method, row.metric): interval_text(row.value, *((row.low, row.high) if row.metric == "difference" else ()))
+        for row in rows.itertuples()
+    }
+    changed = [
+        f"{label(usual)} has {values[method, 'accuracy']} then, not {values[usual, 'accuracy']} (difference "
+        f"{values[method, 'difference']})"
+        for usual in in_order(rows["method"])
+        if (method := none_where_unsure(usual), "accuracy") in values
+    ]
+    return (
+        "If a token gets no adapter in layers whose gate is unsure, where a softmax over all adapters gives the k chosen "
+        f"less than {least} together, {'; '.join(changed)}; PEFT has {values['peft', 'accuracy']}. Nothing was trained "
+        "for it, and `generate` does not do it: it is study `weights` of notebook 06.\n"
+    )
 
 
 def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float], guessing: pd.DataFrame | None) -> str:
