@@ -376,7 +376,10 @@ class MeteoraModel(nn.Module):
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
-        """The base model's ``generate``."""
+        """The base model's ``generate``.
+
+        With ``cache_implementation="static"`` transformers compiles the steps on a GPU; while a trace is recorded, it does not.
+        """
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
 
         def setting(name: str) -> int:
@@ -386,8 +389,12 @@ class MeteoraModel(nn.Module):
             return next((value for value in values if value is not None), 1)
 
         beams = setting("num_beams")
-        if self.state.trace is not None and beams > 1:
-            raise ValueError("trace cannot follow beam search, which reorders the samples; use num_beams=1.")
+        if self.state.trace is not None:
+            if beams > 1:
+                raise ValueError("trace cannot follow beam search, which reorders the samples; use num_beams=1.")
+            # Steps with a static cache would be compiled, anew for each that a trace holds, and as CUDA graphs write over
+            # what the step before gave the trace.
+            kwargs["disable_compile"] = True
         if self.state.forced is None:
             return self.base_model.generate(*args, **kwargs)
         self.state.forced.repeats = max(beams, setting("num_return_sequences"))

@@ -33,7 +33,7 @@ from meteora.study.artifacts import Workspace
 from meteora.study.baselines import share_weights
 from meteora.study.collection import collect_adapters, write_index
 from meteora.study.examples import prepare_examples
-from meteora.study.profiles import PROFILES
+from meteora.study.profiles import PROFILES, ProfileError
 from meteora.study.transcripts import gate_examples
 
 CPU = torch.device("cpu")
@@ -585,6 +585,15 @@ def test_unsure_gates_add_less(ablations):
             layer.gate.weight.zero_()
     base = run(model.disable_adapters())[0]
     torch.testing.assert_close(run(unsure(model, 0.9))[0], base)
+
+
+@pytest.mark.parametrize("study", ["told", "silent"])
+def test_layers_that_the_model_does_not_have_are_refused(ablations, study):
+    ablations.settings = dataclasses.replace(ablations.settings, **{study: {"the second": (1, 2), "the third": (2, 3)}})
+    good, bad = STUDIES[study](ablations)
+    assert good.produce()
+    with pytest.raises(ProfileError, match=rf"ablations.{study}\['the third'\] ends behind layer 2, but .* last is 1"):
+        bad.produce()
 
 
 def test_some_layers_are_silent(ablations):

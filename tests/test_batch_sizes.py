@@ -81,6 +81,12 @@ def test_a_training_like_the_one_before_is_not_measured_again(profile):
     assert [phase.name for phase in batch_sizes._phases(profile, CPU)] == PHASES
 
 
+def test_trainings_of_one_objective_have_names_of_their_own(profile):
+    gates = profile.gates | {"objective": "gate", "gradient_checkpointing": False}
+    names = [phase.name for phase in batch_sizes._phases(replace(profile, gates=gates), CPU)]
+    assert names == [*PHASES[:2], "training gates, gate, stage 1", "training gates, gate, stage 2", *PHASES[4:]]
+
+
 def test_a_step_has_a_full_batch_of_every_task(profile, monkeypatch):
     config = replace(profile.adapters.config(), samples_per_step=1, max_length=64)
     tasks = ["a", "b", "c"]

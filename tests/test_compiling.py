@@ -1,13 +1,17 @@
 """Compiled decoder layers: the gradients of layers that are not, and one graph for all of them and all shapes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 from meteora import MeteoraConfig, MeteoraModel
 from meteora.batches import Sample, collate
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.passes import gate_inputs
+from meteora.trace import Trace
 from meteora.training import _forward_joint, _forward_local
 from meteora.training_loop import response_losses
 
@@ -140,3 +144,48 @@ def test_compiled_for_a_gpu_alone_and_for_whole_plain_models(model, monkeypatch)
     del model.base_model.hf_device_map
     monkeypatch.setattr("meteora.backends.triton.INSTALLED", False)
     assert not worth_compiling(model, gpu)
+
+
+# Generation -----------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_generation_is_the_same(model, core):
+    """A static cache has transformers compile the steps: here on the CPU too, in one graph."""
+    everywhere = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    everywhere._compile_all_devices = True
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    static = {"cache_implementation": "static", "compile_config": everywhere}
+    ids = core.tokens()
+
+    def graphs_of(inside=nullcontext) -> int:
+        before = counters["stats"]["unique_graphs"]
+        with inside() as one:
+            expected = model.generate(ids, **options)
+        with inside() as other:
+            assert torch.equal(model.generate(ids, **options, **static), expected)
+        if isinstance(one, Trace):
+            assert all(torch.equal(other.indices[name], found) for name, found in one.indices.items())
+        return counters["stats"]["unique_graphs"] - before
+
+    assert graphs_of() == 1 and graphs_of() == 0, "compiled once for all calls"
+    assert graphs_of(model.trace) == 0, "it would be compiled for every step"
+    model.set_top_k(1)
+    assert graphs_of() == 1
+    assert graphs_of(model.disable_adapters) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_generation_in_cuda_graphs_is_the_same(model, core):
+    """As transformers does it by itself there."""
+    model.to("cuda")
+    ids = core.tokens().to("cuda")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
+    assert counters["stats"]["unique_graphs"] > 0 and counters["inductor"]["cudagraph_skips"] == 0
+    with model.trace() as one:
+        model.generate(ids, **options)
+    with model.trace() as other:
+        model.generate(ids, **options, cache_implementation="static")
+    assert all(torch.equal(other.indices[name], found) for name, found in one.indices.items())

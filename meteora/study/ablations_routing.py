@@ -15,6 +15,7 @@ from meteora.gating import route
 from meteora.study.ablations import Ablations, Variant, methods_of
 from meteora.study.baselines import Method, Tasks, with_temperature
 from meteora.study.measures import Row
+from meteora.study.profiles import ProfileError
 
 GATED = ("meteora_top1", "meteora_top2")
 
@@ -197,6 +198,12 @@ def _in_layers(
 
         def produce(name: str = name, layers: range = range(first, behind)) -> list[Row]:
             model = ablations.study.model
+            last = max(map(decoder_layer, model.layers))
+            if layers.stop - 1 > last:
+                raise ProfileError(
+                    f"ablations.{study}[{name!r}] ends behind layer {layers.stop - 1}, but the model's last is {last}; "
+                    "correct it in the profile."
+                )
             methods = {
                 one: replace(inside(method, lambda tasks: changed(model, tasks, layers)), told_task=told or method.told_task)
                 for one, method in methods_of(model, *names).items()

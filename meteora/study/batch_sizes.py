@@ -173,8 +173,11 @@ def _phases(profile: Profile, device: torch.device) -> Iterator[Phase]:
     adapters = random_adapters(base, len(profile.tasks), profile.adapters.rank, seed=profile.seed)
     model = random_mixture(base, adapters, MeteoraConfig(), seed=profile.seed)
     del adapters
-    for config in profile.gate_config().stages():
-        yield _gate_training(model, config, device)
+    stages = profile.gate_config().stages()
+    for n, config in enumerate(stages):
+        alike = [stage.objective for stage in stages].count(config.objective) > 1
+        name = f"training gates, {config.objective}" + (f", stage {n + 1}" if alike else "")
+        yield _gate_training(name, model, config, device)
     for name, (batch, tokens) in texts.items():
         yield _answering(name, model, batch, tokens, device)
 
@@ -229,7 +232,7 @@ def _adapter_training(
     return Phase(name, config.tokens_per_batch, "tokens", length, speed)
 
 
-def _gate_training(model: MeteoraModel, config: GateTrainingConfig, device: torch.device) -> Phase:
+def _gate_training(name: str, model: MeteoraModel, config: GateTrainingConfig, device: torch.device) -> Phase:
     tasks, config = model.adapter_names, replace(config, first=None, mixed_per_step=None)
     length = sum(_text(config))
 
@@ -238,7 +241,7 @@ def _gate_training(model: MeteoraModel, config: GateTrainingConfig, device: torc
         seconds = seconds_per_step(lambda: train_gates(model, rows, steps, tokenizer=CodePoints()), device)
         return steps.samples_per_step * len(tasks) * length / seconds
 
-    return Phase(f"training gates, {config.objective}", config.tokens_per_batch, "tokens", length, speed)
+    return Phase(name, config.tokens_per_batch, "tokens", length, speed)
 
 
 def _answering(name: str, model: MeteoraModel, own: int, tokens: int, device: torch.device) -> Phase:
