@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from meteora.adapters import WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory, check_name, peft_tensors
 from meteora.batches import Batch, Sample, by_task, encode, micro_batches
-from meteora.checkpoint import check_free_for_adapter, public_name
+from meteora.checkpoint import ADAPTER_PARTS, check_free_for_adapter, public_name
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
 from meteora.files import atomic_directory
-from meteora.model import MeteoraModel
+from meteora.model import MeteoraModel, check_untouched
 from meteora.passes import AdapterInputs, Passes, adapter_inputs, training_passes, weighted_losses
 from meteora.stacks import Stack, stack_weights
 from meteora.training_loop import TrainingRun
@@ -54,6 +54,9 @@ def train_adapters(
         FileExistsError: if something else than an adapter lies where one is to be written.
     """
     config = config or AdapterTrainingConfig()
+    if not isinstance(config, AdapterTrainingConfig):
+        raise ValueError(f"config must be an AdapterTrainingConfig, not a {type(config).__name__}.")
+    check_untouched(base_model)
     if not datasets:
         raise ValueError("no datasets given; train_adapters needs at least one.")
     for name in datasets:
@@ -283,7 +286,7 @@ def _write_adapter(directory: Path, name: str, weights: dict, base_model: nn.Mod
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    with atomic_directory(directory) as new:
+    with atomic_directory(directory, ADAPTER_PARTS) as new:
         lora.save_pretrained(str(new))
         tensors = peft_tensors(weights, getattr(torch, config.dtype))
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})

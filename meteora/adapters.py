@@ -65,9 +65,9 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its name, where it lies, the sha256 of its weights, and ``modules``: dotted name -> weights.
+    """One adapter: its name, where it lies, the sha256 of its files, and ``modules``: dotted name -> weights.
 
-    ``in_memory``: its weights are in ``modules`` alone, and what lies in ``directory`` is an earlier version of them.
+    ``source`` is a hub id, or the absolute path ``directory``. ``in_memory``: its weights are in ``modules`` alone, and what lies in ``directory`` is an earlier version of them.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Adapter:
     base_model: str | None
     modules: dict[str, LoraWeights]
     in_memory: bool = False
+    config_sha256: str = ""
 
 
 def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, str]:
@@ -86,9 +87,13 @@ def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, 
         AdapterError: if there is none, a name is empty, or two folders stand for one name.
     """
     if isinstance(adapters, (str, Path)):
-        folder = Path(adapters)
+        folder = Path(adapters).expanduser()
         if not folder.is_dir():
             raise AdapterError(f"{folder} is not a folder; give a folder of PEFT directories, or a dict name -> path.")
+        if (folder / CONFIG_FILE).is_file():
+            raise AdapterError(
+                f"{folder} is a PEFT directory itself; give a dict name -> path, with those of folders inside it, if any."
+            )
         # Names never begin with a dot (adapter_directory escapes it): such a folder is one being written.
         folders = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")) if path.parent.name[0] != "."]
         found: dict[str, str] = {}
@@ -110,8 +115,12 @@ def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, 
             "adapters must be a dict name -> directory or hub id, or one folder of PEFT directories, not a "
             f"{type(adapters).__name__}."
         )
-    for name in adapters:
+    for name, source in adapters.items():
         check_name(name)
+        if not isinstance(source, (str, Path)):
+            raise AdapterError(
+                f"adapter {name!r} must be given by its directory or hub id, not as a {type(source).__name__}."
+            )
     return {name: str(source) for name, source in adapters.items()}
 
 
@@ -142,9 +151,10 @@ def load_adapter(name: str, source: str | Path) -> Adapter:
         raise AdapterError(f"adapter {name!r}: {weights} is corrupt ({error}); copy or download it again.") from error
     return Adapter(
         name=name,
-        source=str(source),
+        source=str(directory) if Path(source).expanduser().is_dir() else str(source),
         directory=directory,
         sha256=file_sha256(weights),
+        config_sha256=file_sha256(directory / CONFIG_FILE),
         base_model=config.get("base_model_name_or_path") or None,
         modules=_read_modules(name, config, tensors),
     )
@@ -166,7 +176,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _locate(name: str, source: str) -> Path:
-    directory = Path(source).expanduser()
+    directory = Path(source).expanduser().absolute()
     if not directory.is_dir():
         try:
             directory = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
@@ -228,7 +238,12 @@ def _read_modules(name: str, config: dict, tensors: dict[str, torch.Tensor]) -> 
     for key, tensor in tensors.items():
         module, _, half = key.removesuffix(".weight").rpartition(".")
         if half not in ("lora_A", "lora_B"):
-            raise AdapterError(f"adapter {name!r} holds {key!r}; only lora_A and lora_B of linear layers can be mixed.")
+            mend = ""
+            if ".base_layer." in key:
+                mend = " PEFT wrote the base model's weights beside them; save it with save_embedding_layers=False."
+            raise AdapterError(
+                f"adapter {name!r} holds {key!r}; only lora_A and lora_B of linear layers can be mixed.{mend}"
+            )
         halves.setdefault(module.removeprefix(PEFT_PREFIX), {})[half] = tensor
     if not halves:
         raise AdapterError(f"adapter {name!r} holds no weights.")

@@ -106,6 +106,8 @@ def encode(rows: Iterable[Mapping], task_ids: Mapping[str, int], tokenizer, max_
         ValueError: for a row that is no mapping, lacks a key or has no string there, or whose task is not in
             ``task_ids``.
     """
+    if tokenizer is None:
+        raise ValueError("no tokenizer given; give the base model's.")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, so no response would ever end; set eos_token.")
     samples: list[Sample] = []
@@ -177,6 +179,8 @@ def prompt_ids(tokenizer, prompt: str, *, first: bool) -> list[int]:
 def _encode_segments(row: Mapping, n: int, task_ids: Mapping[str, int], tokenizer, max_length: int) -> Sample:
     task = {"task": row["task"]} if "task" in row else {}
     segments = [{"is_response": False, **task, **segment} for segment in row["segments"]]
+    if not segments:
+        raise ValueError(f"row {n} of the dataset has no segments; give at least one.")
     tasks = [_task_of(segment, n, task_ids, needed=("text", "task")) for segment in segments]
     ends = list(accumulate(len(segment["text"]) for segment in segments))
     found = tokenizer("".join(segment["text"] for segment in segments), return_offsets_mapping=True)

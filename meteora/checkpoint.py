@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 MODEL_FILE = "meteora_config.json"
 GATES_FILE = "gates.safetensors"
 CARD_FILE = "README.md"
+ADAPTERS_FOLDER = "adapters"
+CHECKPOINT_PARTS = (MODEL_FILE, GATES_FILE, CARD_FILE, ADAPTERS_FOLDER)
+ADAPTER_PARTS = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 FORMAT = 2
 
 
@@ -39,7 +43,7 @@ def find_checkpoint(source: str | Path) -> Path:
     directory = Path(source).expanduser()
     if directory.is_dir():
         return directory
-    files = [MODEL_FILE, GATES_FILE, f"adapters/*/{CONFIG_FILE}", f"adapters/*/{WEIGHTS_FILE}"]
+    files = [MODEL_FILE, GATES_FILE, *(f"{ADAPTERS_FOLDER}/*/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE))]
     try:
         return Path(snapshot_download(str(source), allow_patterns=files))
     except (*HUB_ERRORS, HFValidationError) as error:
@@ -102,6 +106,11 @@ def read_adapters(directory: Path, saved: dict) -> list[Adapter]:
                 f"adapter {entry['name']!r} at {source} is not the one the gates in {directory} were trained with: "
                 f"its sha256 is {adapter.sha256}, the checkpoint says {entry['sha256']}."
             )
+        if entry.get("config_sha256", adapter.config_sha256) != adapter.config_sha256:  # checkpoints of before have none
+            raise AdapterError(
+                f"adapter {entry['name']!r}: the {CONFIG_FILE} at {source} is not the one the gates in {directory} were "
+                "trained with; put that back, or train the gates again."
+            )
         adapters.append(adapter)
     return adapters
 
@@ -116,34 +125,39 @@ def read_gates(directory: Path) -> dict[str, Tensor]:
 
 def check_free_for_checkpoint(directory: str | Path) -> None:
     """Raise ``FileExistsError`` if ``directory`` holds something that a checkpoint must not take the place of."""
-    _check_free(Path(directory), MODEL_FILE, "a checkpoint")
+    _check_free(Path(directory).expanduser(), CHECKPOINT_PARTS, "a checkpoint")
 
 
 def check_free_for_adapter(directory: str | Path) -> None:
     """Raise ``FileExistsError`` if ``directory`` holds something that an adapter must not take the place of."""
-    _check_free(Path(directory), CONFIG_FILE, "an adapter of PEFT")
+    _check_free(Path(directory).expanduser(), ADAPTER_PARTS, "an adapter of PEFT")
 
 
-def _check_free(directory: Path, file: str, kind: str) -> None:
-    if directory.is_dir() and ((directory / file).is_file() or not any(directory.iterdir())):
+def _check_free(directory: Path, parts: Sequence[str], kind: str) -> None:
+    """``parts`` of it: where the first is, the others are of the same kind."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; choose a new directory for {kind}.")
+    if (directory / parts[0]).is_file():
         return
-    if directory.exists():
-        raise FileExistsError(f"{directory} holds something else than {kind}; choose a new directory.")
+    for part in parts:
+        if (directory / part).exists():
+            raise FileExistsError(
+                f"{directory} holds something else than {kind}, whose {part} would be lost; choose a new directory."
+            )
 
 
 def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: bool) -> None:
     """Write gates, settings, adapters (or where they lie) and the model card into the empty ``directory``."""
     entries = []
     for n, adapter in enumerate(model.adapters):
-        entry = {"name": adapter.name, "sha256": adapter.sha256}
+        entry = {"name": adapter.name, "sha256": adapter.sha256, "config_sha256": adapter.config_sha256}
         _check_there(adapter)
         if copy_adapters:
-            entry["directory"] = f"adapters/{n:03d}"  # numbered, because a name may hold what a file name may not
+            entry["directory"] = f"{ADAPTERS_FOLDER}/{n:03d}"  # numbered, because a name may hold what a file name may not
             _write_adapter(adapter, directory / entry["directory"])
         else:
-            _check_unchanged(adapter, adapter.directory / WEIGHTS_FILE)
-            local = Path(adapter.source).expanduser()
-            entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
+            _check_unchanged(adapter, adapter.directory)
+            entry["source"] = adapter.source
         entries.append(entry)
     state = model.state
     config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits)
@@ -163,12 +177,13 @@ def _check_there(adapter: Adapter) -> None:
             )
 
 
-def _check_unchanged(adapter: Adapter, weights: Path) -> None:
-    if file_sha256(weights) != adapter.sha256:
-        raise AdapterError(
-            f"adapter {adapter.name!r}: {adapter.directory / WEIGHTS_FILE} changed since it was loaded; "
-            "load the model again."
-        )
+def _check_unchanged(adapter: Adapter, directory: Path) -> None:
+    """Whether what lies in ``directory``, from where it was loaded or was copied, is what was loaded."""
+    for file, sha256 in ((WEIGHTS_FILE, adapter.sha256), (CONFIG_FILE, adapter.config_sha256)):
+        if file_sha256(directory / file) != sha256:
+            raise AdapterError(
+                f"adapter {adapter.name!r}: {adapter.directory / file} changed since it was loaded; load the model again."
+            )
 
 
 def _write_adapter(adapter: Adapter, directory: Path) -> None:
@@ -178,7 +193,7 @@ def _write_adapter(adapter: Adapter, directory: Path) -> None:
         save_file(peft_tensors(adapter.modules), directory / WEIGHTS_FILE, metadata={"format": "pt"})
     else:
         shutil.copyfile(adapter.directory / WEIGHTS_FILE, directory / WEIGHTS_FILE)
-    _check_unchanged(adapter, directory / WEIGHTS_FILE)
+    _check_unchanged(adapter, directory)
 
 
 def upload(directory: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str) -> str:

@@ -115,6 +115,8 @@ class TrainingConfig:
         self.max_length = _check_count("max_length", self.max_length, minimum=2)
         self.seed = _check_count("seed", self.seed, minimum=0)
         self.max_grad_norm = _check_rate("max_grad_norm", self.max_grad_norm)
+        if self.max_grad_norm == 0:
+            raise ValueError("max_grad_norm=0 would train nothing; give float('inf') for gradients as they are.")
         for name in ("learning_rate", "weight_decay"):
             setattr(self, name, _check_rate(name, getattr(self, name), high=1e6))
         self.warmup = _check_rate("warmup", self.warmup, high=1.0)

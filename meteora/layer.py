@@ -46,7 +46,12 @@ class ForcedAdapters:
         if self.one_for_all:
             return self.indices.expand(batch.numel())
         samples = len(self.indices) * self.repeats
-        if len(batch) != 2 or batch[0] != samples:
+        if len(batch) != 2:
+            raise ValueError(
+                f"route_to got {len(self.indices)} names, one per sample, but a layer gets the tokens of all samples in one "
+                f"row, {tuple(batch)}; give one name for all samples, or adapters that leave this layer out."
+            )
+        if batch[0] != samples:
             raise ValueError(
                 f"route_to got {len(self.indices)} names, one per sample, but the input has shape {tuple(batch)} "
                 f"(samples, tokens); expected {samples} samples."
@@ -197,6 +202,11 @@ class MeteoraLinear(nn.Module):
         lora_A = self.lora_A
         A, B = lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         if state.own is not None:
+            if state.own.shape[:-1] != x.shape[:-1]:
+                raise ValueError(
+                    f"{self.name!r} gets tokens of shape {tuple(x.shape[:-1])}, where {tuple(state.own.shape[:-1])} (samples, "
+                    "tokens) go into the model, so adapters cannot be trained together in it; leave it out of target_modules."
+                )
             with torch.autocast(device, enabled=False):
                 return mix_own(y, x.to(y.dtype), A, B, state.own.to(y.dtype))
         if torch.is_grad_enabled() and type(self.base_layer) is not nn.Linear and y._is_view():

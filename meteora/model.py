@@ -23,6 +23,7 @@ from meteora.arrow import set_prototypes
 from meteora.authors import read_authors_checkpoint
 from meteora.backends import get_mix
 from meteora.checkpoint import (
+    CHECKPOINT_PARTS,
     check_free_for_checkpoint,
     find_checkpoint,
     read_adapters,
@@ -32,6 +33,7 @@ from meteora.checkpoint import (
     write_checkpoint,
 )
 from meteora.config import MeteoraConfig, check_temperature, check_top_k
+from meteora.contexts import to_be_entered
 from meteora.files import atomic_directory
 from meteora.hub import HUB_ERRORS, absence, is_absence
 from meteora.layer import ForcedAdapters, MeteoraLinear, MixtureState
@@ -44,6 +46,10 @@ _REFUSE_MERGE = (
     "a mixture of LoRAs cannot be merged into the base weights: which adapters a layer adds depends on its input, so "
     "there is no one weight that equals them all."
 )
+
+
+# What generate must leave as it is, so that the model reads no other tokens than those of the text.
+_TRACEABLE = {"assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": 1}
 
 
 class MeteoraModel(nn.Module):
@@ -61,7 +67,7 @@ class MeteoraModel(nn.Module):
         super().__init__()
         if not isinstance(config, MeteoraConfig):
             raise ValueError(f"config must be a MeteoraConfig, not a {type(config).__name__}.")
-        _check_untouched(base_model)
+        check_untouched(base_model)
         self.base_model = base_model
         self._adapters = list(adapters)
         self.state = MixtureState(
@@ -118,7 +124,8 @@ class MeteoraModel(nn.Module):
             config = replace(config, absolute_logits=True)
         model = cls(_load_base(base_model), loaded, config)
         if gates == "arrow":
-            set_prototypes(model.layers.values())
+            with model._or_unload():
+                set_prototypes(model.layers.values())
             model.state.untrained.clear()
         return model
 
@@ -137,8 +144,16 @@ class MeteoraModel(nn.Module):
         saved = read_settings(directory)
         adapters = read_adapters(directory, saved)
         gates = read_gates(directory)
-        model = cls(_load_base(base_model), adapters, MeteoraConfig(**saved["config"]))
-        model._set_gates(gates, directory)
+        base_model, config = _load_base(base_model), MeteoraConfig(**saved["config"])
+        device = _any_device(base_model)
+        try:
+            get_mix(config.backend, device)
+        except RuntimeError as error:  # what a model computes does not depend on it, and it comes from another machine
+            logger.warning("%s was saved on another machine (%s) Here the backend is 'auto'.", directory, error)
+            config = replace(config, backend="auto")
+        model = cls(base_model, adapters, config)
+        with model._or_unload():
+            model._set_gates(gates, directory)
         model.state.untrained = set(saved["untrained"])
         return model
 
@@ -163,7 +178,8 @@ class MeteoraModel(nn.Module):
         loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
         changed, gates = read_authors_checkpoint(file, loaded)
         model = cls(_load_base(base_model), changed, config or MeteoraConfig())
-        model._set_gates(gates, file)
+        with model._or_unload():
+            model._set_gates(gates, file)
         model.state.untrained.clear()
         return model
 
@@ -171,14 +187,16 @@ class MeteoraModel(nn.Module):
         """Write gates (safetensors), settings, the adapters in their order, and a model card (README.md).
 
         With ``copy_adapters=False`` the adapters are only referred to, by where they lie and their sha256. The
-        directory appears complete or not at all; an earlier checkpoint there is replaced.
+        directory appears complete or not at all; an earlier checkpoint there is replaced, and what else lies there, such as
+        a tokenizer, stays.
 
         Raises:
-            FileExistsError: if the directory holds something else than a checkpoint.
+            FileExistsError: if something else in the directory has the name of a checkpoint's file.
             AdapterError: if an adapter's file is gone, or changed since it was loaded.
         """
+        self.require_layers()
         check_free_for_checkpoint(directory)
-        target = Path(directory).resolve()
+        target = Path(directory).expanduser().resolve()
         inside = [adapter.name for adapter in self._adapters if adapter.directory.resolve().is_relative_to(target)]
         if inside and not copy_adapters:
             raise AdapterError(
@@ -187,7 +205,7 @@ class MeteoraModel(nn.Module):
         unsaved = [adapter.name for adapter in self._adapters if adapter.in_memory]
         if unsaved and not copy_adapters:
             raise AdapterError(f"adapter {unsaved[0]!r} lies in no directory yet; leave out copy_adapters=False.")
-        with atomic_directory(directory) as parts:
+        with atomic_directory(directory, CHECKPOINT_PARTS) as parts:
             write_checkpoint(self, parts, copy_adapters=copy_adapters)
 
     def push_to_hub(
@@ -209,6 +227,15 @@ class MeteoraModel(nn.Module):
                 Path(folder) / "checkpoint", repo_id, private=private, token=token, commit_message=commit_message
             )
 
+    @contextmanager
+    def _or_unload(self) -> Iterator[None]:
+        """If the block fails, the base model is given back as it was."""
+        try:
+            yield
+        except BaseException:
+            self.unload()
+            raise
+
     @torch.no_grad()
     def _set_gates(self, gates: Mapping[str, torch.Tensor], source: str | Path) -> None:
         if set(gates) != set(self.layers):
@@ -224,6 +251,7 @@ class MeteoraModel(nn.Module):
                 raise AdapterError(
                     f"{source}: the gate of {name!r} holds NaN or infinite weights; train the gates again."
                 )
+        for name, layer in self.layers.items():
             layer.gate.weight.copy_(gates[name])
             layer.forget_packed()
 
@@ -234,6 +262,7 @@ class MeteoraModel(nn.Module):
         it wherever that is more than the other rows have for them. Where the gates are Arrow's, its rows are too, and
         nothing is left to train. top_k stays what it is, 1 in a model of one adapter; see :meth:`set_top_k`.
         """
+        self.require_layers()
         if name in self.adapter_names:
             raise AdapterError(f"there is an adapter {name!r} already; choose another name.")
         adapter = load_adapter(*next(iter(list_adapters({name: source}).items())))
@@ -267,8 +296,13 @@ class MeteoraModel(nn.Module):
         layer.train(linear.training)
         self.layers[module] = layer
 
+    def require_layers(self) -> None:
+        """Raise ``AdapterError`` after :meth:`unload`: there is nothing left but the base model."""
+        if not self.layers:
+            raise AdapterError("this model was unloaded; make a new one with from_adapters or from_pretrained.")
+
     def unload(self) -> nn.Module:
-        """Take the layers out again and return the base model as it was."""
+        """Take the layers out again and return the base model as it was. This model is of no use then."""
         self.activation_checkpointing_disable()
         for module, layer in self.layers.items():
             parent, _, child = module.rpartition(".")
@@ -382,28 +416,43 @@ class MeteoraModel(nn.Module):
         """
         given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
 
-        def setting(name: str) -> int:
-            """As ``generate`` resolves it: its own argument, else the configuration given, else the model's, else 1."""
+        def setting(name: str, default: Any) -> Any:
+            """As ``generate`` resolves it: its own argument, else the configuration given, else the model's."""
             sources = (given, self.base_model.generation_config)
             values = [kwargs.get(name)] + [getattr(source, name, None) for source in sources]
-            return next((value for value in values if value is not None), 1)
+            return next((value for value in values if value is not None), default)
 
-        beams = setting("num_beams")
+        beams = setting("num_beams", 1)
         if self.state.trace is not None:
             if beams > 1:
                 raise ValueError("trace cannot follow beam search, which reorders the samples; use num_beams=1.")
+            for name, plain in _TRACEABLE.items():
+                if setting(name, plain) != plain:
+                    raise ValueError(
+                        f"trace cannot follow generation with {name}, as the model then reads other tokens than those of "
+                        "the text; leave it out."
+                    )
             # Steps with a static cache would be compiled, anew for each that a trace holds, and as CUDA graphs write over
             # what the step before gave the trace.
             kwargs["disable_compile"] = True
         if self.state.forced is None:
             return self.base_model.generate(*args, **kwargs)
-        self.state.forced.repeats = max(beams, setting("num_return_sequences"))
+        self.state.forced.repeats = max(beams, setting("num_return_sequences", 1))
         try:
             return self.base_model.generate(*args, **kwargs)
         finally:
             self.state.forced.repeats = 1
 
-    @contextmanager
+    @property
+    def generation_config(self):
+        """The base model's, also when it is set."""
+        return self.base_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config) -> None:
+        self.base_model.generation_config = config
+
+    @to_be_entered
     def disable_adapters(self) -> Iterator[None]:
         """Inside, the model is exactly its base model."""
         before, self.state.enabled = self.state.enabled, False
@@ -412,12 +461,13 @@ class MeteoraModel(nn.Module):
         finally:
             self.state.enabled = before
 
-    @contextmanager
+    @to_be_entered
     def route_to(self, names: str | Sequence[str]) -> Iterator[None]:
         """Inside, every token uses the named adapter alone: one name for all samples, or a list with one per sample.
 
         The gates, top_k and the temperature are ignored. The output is PEFT's own for that adapter.
         """
+        self.require_layers()
         wanted = [names] if isinstance(names, str) else list(names)
         known = {name: n for n, name in enumerate(self.adapter_names)}
         for name in wanted:
@@ -434,9 +484,10 @@ class MeteoraModel(nn.Module):
         finally:
             self.state.forced = before
 
-    @contextmanager
+    @to_be_entered
     def trace(self) -> Iterator[Trace]:
         """Inside, every gate's logits, choices and weights are recorded; see :class:`Trace`."""
+        self.require_layers()
         before = self.state.trace
         self.state.trace = trace = Trace()
         try:
@@ -471,6 +522,8 @@ def _recompute(forward: Callable, options: Mapping, *args, **kwargs):
 def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
     if isinstance(base_model, nn.Module):
         return base_model
+    if not isinstance(base_model, (str, Path)):
+        check_untouched(base_model)
     directory = Path(base_model).expanduser()
     try:
         return AutoModelForCausalLM.from_pretrained(str(directory if directory.is_dir() else base_model), dtype="auto")
@@ -478,6 +531,10 @@ def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
         if directory.is_dir() or not is_absence(error):
             raise
         raise AdapterError(f"base model: {absence(base_model, error)}") from error
+
+
+def _any_device(base_model: nn.Module) -> str:
+    return next((p.device.type for p in base_model.parameters() if p.device.type != "meta"), "cpu")
 
 
 def _without_weights(adapter: Adapter) -> Adapter:
@@ -496,7 +553,10 @@ def _device_of(linear: nn.Linear) -> torch.device:
     return torch.device(devices[0])
 
 
-def _check_untouched(base_model: nn.Module) -> None:
+def check_untouched(base_model: nn.Module) -> None:
+    """Raise ``AdapterError`` for what is no model, or one that carries adapters already."""
+    if not isinstance(base_model, nn.Module):
+        raise AdapterError(f"the base model must be a model of transformers, not a {type(base_model).__name__}.")
     for name, module in base_model.named_modules():
         if isinstance(module, MeteoraLinear):
             raise AdapterError(f"the base model carries adapters already (at {name!r}); load it afresh.")

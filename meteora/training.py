@@ -55,6 +55,9 @@ def train_gates(
         no use for it. The steps of a second stage (``config.first``) are counted on.
     """
     config = config or GateTrainingConfig()
+    if not isinstance(model, MeteoraModel):
+        raise ValueError(f"model must be a MeteoraModel, not a {type(model).__name__}; make one with from_adapters.")
+    model.require_layers()
     if not isinstance(config, GateTrainingConfig):
         raise ValueError(f"config must be a GateTrainingConfig, not a {type(config).__name__}.")
     if not model.state.enabled:
@@ -134,7 +137,7 @@ class _GateTrainer:
     def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
         config, run = self.config, self.run
         count = sum(sample.turns if config.balance == "turn" else len(sample.ids) for sample in drawn)
-        share = 1 / sum(sample.response_tokens for sample in drawn)
+        share = 1 / max(1, sum(sample.response_tokens for sample in drawn))  # pieces of text alone may have none
         self.totals.zero_()
 
         def inputs_of(batch: Batch, places: int | None) -> GateInputs:

@@ -5,9 +5,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from meteora import (
-    AdapterTrainingConfig, MeteoraConfig, MeteoraModel, adapter_training, passes, train_adapters, training_loop,
+    AdapterError, AdapterTrainingConfig, GateTrainingConfig, MeteoraConfig, MeteoraModel, adapter_training, passes,
+    train_adapters, training_loop,
 )  # fmt: skip
 from meteora.adapters import load_adapter
 
@@ -149,13 +152,14 @@ def test_a_name_that_is_none_replaces_nothing(core, tiny_llama, tmp_path, name):
 def test_only_an_adapter_or_an_empty_folder_is_replaced(core, train, tmp_path):
     for name in ("one", "two"):
         (tmp_path / "out" / name).mkdir(parents=True)
-    (tmp_path / "out" / "two" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="out/two holds something else than an adapter of PEFT; choose a new"):
+    (tmp_path / "out" / "two" / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="out/two holds something else than an adapter of PEFT, whose README.md would"):
         train()
     assert list(everything_in(tmp_path).values()) == ["mine"]  # nor was anything trained
-    (tmp_path / "out" / "two" / "notes.txt").unlink()
+    (tmp_path / "out" / "two" / "README.md").rename(tmp_path / "out" / "two" / "notes.txt")
     train(max_steps=1)
     train(max_steps=1)
+    assert (tmp_path / "out" / "two" / "notes.txt").read_text() == "mine"
 
 
 def test_the_working_directory_may_be_the_output(core, tiny_llama, tmp_path, monkeypatch):
@@ -214,3 +218,22 @@ def test_recorded_passes_train_the_same_on_a_gpu(core, train, tiny_llama, monkey
     for task in ("one", "two"):
         assert losses(recorded, task) == pytest.approx(losses(plain, task), rel=1e-3)
         close(first[task], second[task])
+
+
+def test_what_cannot_be_trained_is_told_before(core, tiny_llama, tmp_path):
+    rows, options = {"one": core.rows(("one",))}, {"tokenizer": core.Tokenizer(), "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match="config must be an AdapterTrainingConfig, not a GateTrainingConfig"):
+        train_adapters(tiny_llama, rows, GateTrainingConfig(), **options)
+    with pytest.raises(AdapterError, match="the base model must be a model of transformers, not a str"):
+        train_adapters("tiny", rows, **options)
+    carrying = get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="carries adapters of PEFT"):
+        train_adapters(carrying.base_model.model, rows, **options)
+    opt = OPTForCausalLM(OPTConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64, ffn_dim=64,
+        word_embed_proj_dim=32,
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match=r"fc1' gets tokens of shape \(\d+,\), where .* leave it out of target_modules"):
+        train_adapters(opt, rows, AdapterTrainingConfig(max_steps=1, target_modules=("fc1",)), **options)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
+    train_adapters(opt, rows, AdapterTrainingConfig(max_steps=1, target_modules=("q_proj",)), **options)

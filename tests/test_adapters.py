@@ -223,6 +223,11 @@ def test_a_folder_without_adapters_is_refused(tmp_path):
         list_adapters(tmp_path)
     with pytest.raises(AdapterError, match="is not a folder"):
         list_adapters(tmp_path / "gone")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="is a PEFT directory itself; give a dict name -> path"):
+        list_adapters(tmp_path)
+    with pytest.raises(AdapterError, match="adapter 'a' must be given by its directory or hub id, not as a NoneType"):
+        list_adapters({"a": None})
 
 
 def test_an_adapter_of_another_base_model_is_told_by_shapes_and_modules(broken, tiny_llama):

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import meteora
-from meteora import AdapterError, MeteoraModel, checkpoint
+from meteora import AdapterError, MeteoraConfig, MeteoraModel, checkpoint, train_gates
+from meteora.layer import MeteoraLinear
 
 Q = "model.layers.0.self_attn.q_proj"
 ODD = ["dots.in.it", "with space", "a/b", "日本", "..", "trailing."]
@@ -70,13 +72,117 @@ def test_saving_onto_the_directory_it_came_from(core, model, base, tmp_path):
     assert torch.equal(logits(third, core.tokens()), logits(again, core.tokens()))
 
 
-def test_saving_never_replaces_other_files(model, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    model.save_pretrained(tmp_path / "empty")
+def test_saving_never_replaces_other_files(model, base, tmp_path, core):
+    """A tokenizer, say, may lie in the same directory, saved before or after."""
+    here = tmp_path / "m"
+    (here / "more").mkdir(parents=True)
+    for file in ("thesis.tex", "more/chapter.tex"):
+        (here / file).write_text("years of work")
+    (here / "link").symlink_to("more")
+    core.make_adapter(here / "extra", base, r=2)
+    for count in (4, 5):
+        model.save_pretrained(here)
+        assert len(list((here / "adapters").iterdir())) == count
+        assert (here / "thesis.tex").read_text() == (here / "more" / "chapter.tex").read_text() == "years of work"
+        assert (here / "link").is_symlink() and (here / "link" / "chapter.tex").is_file()
+        if count == 4:
+            model.add_adapter("extra", here / "extra")
+    assert len(MeteoraModel.from_pretrained(copy.deepcopy(base), here).adapters) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="something else than a checkpoint, whose README.md would be lost; choose a new"):
+        model.save_pretrained(tmp_path / "other")
+    with pytest.raises(FileExistsError, match="README.md is a file; choose a new directory for a checkpoint"):
+        model.save_pretrained(tmp_path / "other" / "README.md")
+    assert (tmp_path / "other" / "README.md").read_text() == "mine"
+
+
+def test_another_alpha_is_another_adapter(base, mixed_adapters, tmp_path):
+    """Also where the weights are the same."""
+    folder = tmp_path / "adapters"
+    for name, path in mixed_adapters.items():
+        shutil.copytree(path, folder / quote(name))
+    made = MeteoraModel.from_adapters(copy.deepcopy(base), folder)
+    made.save_pretrained(tmp_path / "whole")
+    made.save_pretrained(tmp_path / "referring", copy_adapters=False)
+    one = next(folder.iterdir()) / "adapter_config.json"
+    before = one.read_text()
+    one.write_text(json.dumps(json.loads(before) | {"lora_alpha": 80}))
+    for options in ({}, {"copy_adapters": False}):
+        with pytest.raises(AdapterError, match="adapter_config.json changed since it was loaded; load the model again"):
+            made.save_pretrained(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(AdapterError, match="adapter_config.json at .* is not the one the gates in .*referring were trained"):
+        MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "referring")
+    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "whole")
+    one.write_text(before)
+    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "referring")
+    settings = tmp_path / "whole" / "meteora_config.json"
+    saved = json.loads(settings.read_text())
+    for entry in saved["adapters"]:  # as those of before did not say it
+        del entry["config_sha256"]
+    settings.write_text(json.dumps(saved))
+    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "whole")
+
+
+def test_a_failed_load_gives_the_base_model_back(model, base, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    gates = load_file(tmp_path / "m" / "gates.safetensors")
+    list(gates.values())[-1][0, 0] = float("nan")
+    save_file(gates, tmp_path / "m" / "gates.safetensors")
+    again = copy.deepcopy(base)
+    trainable = [parameter.requires_grad for parameter in again.parameters()]
+    for _ in range(2):
+        with pytest.raises(AdapterError, match="NaN or infinite"):
+            MeteoraModel.from_pretrained(again, tmp_path / "m")
+    assert not any(isinstance(module, MeteoraLinear) for module in again.modules())
+    assert [parameter.requires_grad for parameter in again.parameters()] == trainable
+
+
+def test_what_was_unloaded_replaces_no_checkpoint(model, base, tmp_path, mixed_adapters):
+    model.save_pretrained(tmp_path / "m")
+    model.unload()
+    name, path = next(iter(mixed_adapters.items()))
+    for use in (
+        lambda: model.save_pretrained(tmp_path / "m"),
+        lambda: model.route_to(name).__enter__(),
+        lambda: model.trace().__enter__(),
+        lambda: model.add_adapter("new", path),
+        lambda: train_gates(model, [], tokenizer=None),
+    ):
+        with pytest.raises(AdapterError, match="this model was unloaded; make a new one with from_adapters or from_pre"):
+            use()
+    MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+
+
+def test_adapters_are_found_wherever_the_process_has_gone(base, mixed_adapters, tmp_path, monkeypatch):
+    name, path = next(iter(mixed_adapters.items()))
+    (tmp_path / "home" / "set").mkdir(parents=True)
+    shutil.copytree(path, tmp_path / "home" / "set" / "one")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    made = MeteoraModel.from_adapters(copy.deepcopy(base), "~/set")
+    made.save_pretrained("~/mixture")
+    assert len(MeteoraModel.from_pretrained(copy.deepcopy(base), "~/mixture").adapters) == 1
+    monkeypatch.chdir(tmp_path / "home")
+    relative = MeteoraModel.from_adapters(copy.deepcopy(base), {"one": "set/one"})
+    monkeypatch.chdir("/")
+    for target, options in (("copied", {}), ("referred", {"copy_adapters": False})):
+        relative.save_pretrained(tmp_path / target, **options)
+        MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / target)
+
+
+def test_a_backend_of_another_machine_is_no_obstacle(model, base, tmp_path, monkeypatch, caplog):
+    model.save_pretrained(tmp_path / "m")
+    settings = tmp_path / "m" / "meteora_config.json"
+    saved = json.loads(settings.read_text())
+    saved["config"]["backend"] = "triton"
+    settings.write_text(json.dumps(saved))
+    monkeypatch.setattr(meteora.backends.triton, "why_not", lambda device_type: "it needs a GPU")
+    assert MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m").state.backend == "auto"
+    assert "was saved on another machine (backend 'triton' cannot run on 'cpu', as it needs a GPU" in caplog.text
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on 'cpu'"):
+        MeteoraModel.from_adapters(base, {"one": model.adapters[0].directory}, MeteoraConfig(backend="triton"))
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(model, base, tmp_path, monkeypatch):

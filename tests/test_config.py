@@ -41,6 +41,7 @@ def test_defaults_are_the_documented_ones():
         (GateTrainingConfig, {"learning_rate": math.inf}, "learning_rate must be"),
         (GateTrainingConfig, {"beta": math.inf}, "beta must be"),
         (GateTrainingConfig, {"warmup": 1.5}, "warmup must be a number of 0.0 to 1.0"),
+        (GateTrainingConfig, {"max_grad_norm": 0}, r"max_grad_norm=0 would train nothing; give float\('inf'\)"),
         (GateTrainingConfig, {"seed": -1}, "seed must be"),
         (AdapterTrainingConfig, {"rank": 0}, "rank must be"),
         (AdapterTrainingConfig, {"alpha": 0}, "alpha must be"),

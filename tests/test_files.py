@@ -69,3 +69,37 @@ def test_a_relative_path_works(tmp_path, monkeypatch):
     with atomic_directory("here") as new:
         (new / "file").write_text("")
     assert names(tmp_path / "here") == ["file"]
+
+
+def test_what_is_not_its_own_is_kept(tmp_path, monkeypatch):
+    target = tmp_path / "b"
+    (target / "folder" / "deep").mkdir(parents=True)
+    for name in ("mine", "yours", "folder/deep/yours"):
+        (target / name).write_text("old")
+    (target / "link").symlink_to("folder")
+    for linked in (True, False):
+        if not linked:
+            monkeypatch.setattr(os, "link", lambda *args, **options: (_ for _ in ()).throw(OSError("no links here")))
+        with atomic_directory(target, ("mine", "also mine")) as new:
+            (new / "also mine").write_text("new")
+        assert names(target) == ["also mine", "folder", "link", "yours"]
+        assert (target / "yours").read_text() == (target / "link" / "deep" / "yours").read_text() == "old"
+        assert (target / "link").is_symlink()
+    with pytest.raises(RuntimeError), atomic_directory(target, ("mine",)):
+        raise RuntimeError
+    assert names(target) == ["also mine", "folder", "link", "yours"] and names(tmp_path) == ["b"]
+
+
+def test_a_link_stays_one_and_the_working_directory_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "latest").symlink_to("run")
+    with atomic_directory(tmp_path / "latest") as new:
+        (new / "file").write_text("")
+    assert (tmp_path / "latest").is_symlink() and names(tmp_path / "run") == ["file"] and names(tmp_path) == ["latest", "run"]
+    (tmp_path / "run" / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "run" / "here")
+    for path in (".", "..", tmp_path / "latest"):
+        with pytest.raises(FileExistsError, match="holds the working directory, which cannot be replaced"):
+            with atomic_directory(path):
+                pass
+    assert names(tmp_path / "run") == ["file", "here"]

@@ -166,9 +166,11 @@ def test_forced_adapters_are_one_a_sample():
         w = adapters.get(n)
         expected = torch.zeros(4, 5) if w is None else w.scaling * (x[row] @ w.A.T @ w.B.T)
         torch.testing.assert_close(update[row], expected, atol=1e-5, rtol=1e-4)
-    for wrong in (x[:2], x.flatten(0, 1), torch.randn(6, 4, 6)):
+    for wrong in (x[:2], torch.randn(6, 4, 6)):
         with pytest.raises(ValueError, match="route_to got 3 names, one per sample, but the input has shape"):
             layer(wrong)
+    with pytest.raises(ValueError, match="3 names, one per sample, but a layer gets the tokens of all samples in one row, "):
+        layer(x.flatten(0, 1))
 
 
 def test_an_added_adapter_is_a_zero_row_and_more_columns():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GenerationConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import meteora
-from meteora import AdapterError, MeteoraConfig, MeteoraModel
+from meteora import AdapterError, MeteoraConfig, MeteoraModel, train_gates
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -319,6 +320,33 @@ def test_what_is_no_config_or_carries_pefts_adapters_is_refused(base, mixed_adap
     for model in (tuned, tuned.get_base_model()):
         with pytest.raises(AdapterError, match="carries adapters of PEFT .* unload"):
             MeteoraModel.from_adapters(model, mixed_adapters)
+
+
+@pytest.mark.parametrize("use", ["disable_adapters", "route_to", "trace"])
+def test_a_context_that_is_not_entered_says_so(model, use):
+    names = [model.adapter_names[0]] if use == "route_to" else []
+    with pytest.warns(UserWarning, match=rf"{use}\(\) alone changes nothing; write `with model.{use}\(...\):`"):
+        getattr(model, use)(*names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with getattr(model, use)(*names):
+            pass
+
+
+def test_a_generation_config_that_is_set_is_used(core, model):
+    ids = core.tokens(1, 5)
+    model.generation_config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.generate(ids).shape == (1, 8) and model.base_model.generation_config is model.generation_config
+
+
+def test_what_is_no_model_is_refused(core, base, mixed_adapters):
+    for given in ((base, None), None):
+        with pytest.raises(AdapterError, match="the base model must be a model of transformers, not a "):
+            MeteoraModel.from_adapters(given, mixed_adapters)
+    with pytest.raises(ValueError, match="model must be a MeteoraModel, not a LlamaForCausalLM; make one with from_adapters"):
+        train_gates(base, core.rows(("one",)), tokenizer=core.Tokenizer())
+    with pytest.raises(ValueError, match="no tokenizer given"):
+        train_gates(MeteoraModel.from_adapters(base, mixed_adapters), core.rows(("one",)), tokenizer=None)
 
 
 def test_unload_gives_the_base_model_back(core, base, mixed_adapters):

@@ -61,6 +61,16 @@ def test_generation_is_concatenated_along_the_tokens(core, model, use_cache):
     torch.testing.assert_close(trace.logits[Q][:, -8:], whole.logits[Q], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 1.5}, {"assistant_model": "base"}])
+def test_tokens_that_are_not_in_the_text_are_refused(core, model, option):
+    if "assistant_model" in option:
+        option = {"assistant_model": model.base_model}
+    ids = core.tokens(1, 5)
+    with model.trace() as trace, pytest.raises(ValueError, match=f"trace cannot follow generation with {next(iter(option))}, "):
+        model.generate(ids, max_new_tokens=4, do_sample=False, **option)
+    assert not trace.indices
+
+
 def test_pads_are_included(core, model):
     ids = core.tokens(2, 6)
     mask = torch.ones_like(ids)
