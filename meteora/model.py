@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -408,6 +409,11 @@ class MeteoraModel(nn.Module):
     def forward(self, *args, **kwargs):
         """The base model's forward and output; its ``loss`` is the language-modelling loss alone."""
         return self.base_model(*args, **kwargs)
+
+    # transformers' Trainer reads there which columns of a data set to keep, and which are labels.
+    forward.__signature__ = inspect.signature(
+        lambda self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, **kwargs: None
+    )
 
     def generate(self, *args, **kwargs):
         """The base model's ``generate``.

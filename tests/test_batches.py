@@ -39,6 +39,7 @@ def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(co
         ([{"task": "one", "prompt": "a", "response": ""}, None], "row 1 of the dataset is a NoneType"),
         ([{"task": "one", "prompt": "a"}], "row 0 of the dataset has no 'response'"),
         ([{"segments": [{"task": "one"}]}], "row 0 of the dataset has no 'text'; each needs text, task"),
+        ([{"segments": []}], "row 0 of the dataset has no segments; give at least one"),
         ([{"task": "one", "prompt": "a", "response": None}], "row 0 of the dataset has response=None, which must be a"),
         ([{"task": "one", "prompt": 7, "response": "a"}], "row 0 of the dataset has prompt=7, which must be a string"),
         (

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -306,11 +307,20 @@ def test_transformers_trainer_recomputes(core, model, tmp_path):
     names = inspect.signature(TrainingArguments).parameters
     recompute = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
     arguments = TrainingArguments(
-        tmp_path, max_steps=1, per_device_train_batch_size=3, remove_unused_columns=False, report_to=[], use_cpu=True,
-        save_strategy="no", **{recompute: True},
+        tmp_path, max_steps=1, per_device_train_batch_size=3, report_to=[], use_cpu=True, save_strategy="no",
+        **{recompute: True},
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=rows).train()
     assert len(calls) == 2
+
+
+def test_transformers_trainer_finds_inputs_and_labels(core, model, tmp_path):
+    ids = core.tokens()
+    rows = Dataset.from_dict({"note": ["of no use"] * len(ids), "input_ids": ids.tolist(), "labels": ids.tolist()})
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=3, report_to=[], use_cpu=True)
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()
+    with torch.no_grad():
+        assert found["eval_loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
 def test_what_is_no_config_or_carries_pefts_adapters_is_refused(base, mixed_adapters):
