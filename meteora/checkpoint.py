@@ -20,6 +20,7 @@ from meteora.adapters import (
     CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors,
 )  # fmt: skip
 from meteora.config import MeteoraConfig
+from meteora.files import check_replaceable
 from meteora.hub import HUB_ERRORS, absence
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def check_free_for_adapter(directory: str | Path) -> None:
 
 def _check_free(directory: Path, parts: Sequence[str], kind: str) -> None:
     """``parts`` of it: where the first is, the others are of the same kind."""
+    check_replaceable(directory)
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; choose a new directory for {kind}.")
     if (directory / parts[0]).is_file():

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_replaceable(path: str | Path) -> None:
+    """Raise ``FileExistsError`` for a directory that :func:`atomic_directory` cannot replace."""
+    path = Path(path).expanduser().resolve()
+    if path.exists() and Path.cwd().is_relative_to(path):
+        raise FileExistsError(f"{path} holds the working directory, which cannot be replaced; choose another directory.")
+
+
 @contextmanager
 def atomic_directory(path: str | Path, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yield an empty directory that takes the place of ``path`` if the block ends well, and is gone if it does not.
@@ -22,8 +29,7 @@ def atomic_directory(path: str | Path, own: Collection[str] | None = None) -> It
         FileExistsError: if ``path`` is, or holds, the working directory, which would be another one then.
     """
     path = Path(path).expanduser().resolve()
-    if path.exists() and Path.cwd().is_relative_to(path):
-        raise FileExistsError(f"{path} holds the working directory, which cannot be replaced; choose another directory.")
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")

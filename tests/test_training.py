@@ -291,10 +291,14 @@ def test_the_result_is_saved_whole(core, make, tiny_llama, tmp_path):
 
 
 def test_a_full_output_directory_is_refused_before_the_work(core, make, tmp_path, monkeypatch):
-    (tmp_path / "thesis.tex").write_text("")
+    (tmp_path / "README.md").write_text("")
     monkeypatch.setattr(training_loop.TrainingRun, "loop", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(FileExistsError, match="something else than a checkpoint"):
         run(make(), core, tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="here holds the working directory, which cannot be replaced"):
+        run(make(), core, ".")
 
 
 def test_what_counts_alike_and_how_many_mixed_rows_decide(core, make):
