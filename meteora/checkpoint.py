@@ -20,7 +20,6 @@ from meteora.adapters import (
     CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors,
 )  # fmt: skip
 from meteora.config import MeteoraConfig
-from meteora.files import check_replaceable
 from meteora.hub import HUB_ERRORS, absence
 
 if TYPE_CHECKING:
@@ -126,7 +125,11 @@ def read_gates(directory: Path) -> dict[str, Tensor]:
 
 def check_free_for_checkpoint(directory: str | Path) -> None:
     """Raise ``FileExistsError`` if ``directory`` holds something that a checkpoint must not take the place of."""
-    _check_free(Path(directory).expanduser(), CHECKPOINT_PARTS, "a checkpoint")
+    directory = Path(directory).expanduser()
+    _check_free(directory, CHECKPOINT_PARTS, "a checkpoint")
+    for entry in sorted((directory / ADAPTERS_FOLDER).glob("*")):
+        if not entry.name.isdecimal():
+            raise FileExistsError(f"{entry} is nothing that a checkpoint holds, and would be lost; move it elsewhere.")
 
 
 def check_free_for_adapter(directory: str | Path) -> None:
@@ -136,7 +139,6 @@ def check_free_for_adapter(directory: str | Path) -> None:
 
 def _check_free(directory: Path, parts: Sequence[str], kind: str) -> None:
     """``parts`` of it: where the first is, the others are of the same kind."""
-    check_replaceable(directory)
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; choose a new directory for {kind}.")
     if (directory / parts[0]).is_file():
@@ -159,7 +161,8 @@ def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: boo
             _write_adapter(adapter, directory / entry["directory"])
         else:
             _check_unchanged(adapter, adapter.directory)
-            entry["source"] = adapter.source
+            local = Path(adapter.source)
+            entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
         entries.append(entry)
     state = model.state
     config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits)

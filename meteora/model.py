@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from meteora.arrow import set_prototypes
 from meteora.authors import read_authors_checkpoint
 from meteora.backends import get_mix
 from meteora.checkpoint import (
+    ADAPTERS_FOLDER,
     CHECKPOINT_PARTS,
     check_free_for_checkpoint,
     find_checkpoint,
@@ -49,8 +51,8 @@ _REFUSE_MERGE = (
 )
 
 
-# What generate must leave as it is, so that the model reads no other tokens than those of the text.
-_TRACEABLE = {"assistant_model": None, "prompt_lookup_num_tokens": None, "guidance_scale": 1}
+# Options of generate with which the model reads other tokens than those of the text; the last, if it is not 1.
+_UNTRACEABLE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "guidance_scale")
 
 
 class MeteoraModel(nn.Module):
@@ -88,9 +90,10 @@ class MeteoraModel(nn.Module):
         self.layers: dict[str, MeteoraLinear] = {}
         self._recomputed: dict[nn.Module, Any] = {}  # decoder layer -> its own forward before, if it had one
         self._recomputing: dict | None = None  # how activations are recomputed, if they are
-        for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
-            self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
-        link_siblings(self.layers)
+        with self._or_unload():
+            for module in _in_model_order(base_model, {m for a in adapters for m in a.modules}):
+                self._wrap(module, {n: a.modules[module] for n, a in enumerate(adapters) if module in a.modules})
+            link_siblings(self.layers)
         self._adapters = [_without_weights(adapter) for adapter in adapters]
         self.train(self._was_training)
 
@@ -146,11 +149,10 @@ class MeteoraModel(nn.Module):
         adapters = read_adapters(directory, saved)
         gates = read_gates(directory)
         base_model, config = _load_base(base_model), MeteoraConfig(**saved["config"])
-        device = _any_device(base_model)
         try:
-            get_mix(config.backend, device)
-        except RuntimeError as error:  # what a model computes does not depend on it, and it comes from another machine
-            logger.warning("%s was saved on another machine (%s) Here the backend is 'auto'.", directory, error)
+            get_mix(config.backend)
+        except RuntimeError as error:  # what a model computes does not depend on it
+            logger.warning("%s names a backend of another machine, so it is 'auto' here: %s", directory, error)
             config = replace(config, backend="auto")
         model = cls(base_model, adapters, config)
         with model._or_unload():
@@ -197,11 +199,11 @@ class MeteoraModel(nn.Module):
         """
         self.require_layers()
         check_free_for_checkpoint(directory)
-        target = Path(directory).expanduser().resolve()
+        target = Path(directory).expanduser().resolve() / ADAPTERS_FOLDER
         inside = [adapter.name for adapter in self._adapters if adapter.directory.resolve().is_relative_to(target)]
         if inside and not copy_adapters:
             raise AdapterError(
-                f"adapter {inside[0]!r} lies in {directory}, which would be replaced; leave out copy_adapters=False."
+                f"adapter {inside[0]!r} lies in {target}, which would be replaced; leave out copy_adapters=False."
             )
         unsaved = [adapter.name for adapter in self._adapters if adapter.in_memory]
         if unsaved and not copy_adapters:
@@ -432,15 +434,22 @@ class MeteoraModel(nn.Module):
         if self.state.trace is not None:
             if beams > 1:
                 raise ValueError("trace cannot follow beam search, which reorders the samples; use num_beams=1.")
-            for name, plain in _TRACEABLE.items():
-                if setting(name, plain) != plain:
+            for name in _UNTRACEABLE:
+                value = setting(name, None)
+                if value not in (None, False) and (name != "guidance_scale" or value != 1):
                     raise ValueError(
                         f"trace cannot follow generation with {name}, as the model then reads other tokens than those of "
                         "the text; leave it out."
                     )
             # Steps with a static cache would be compiled, anew for each that a trace holds, and as CUDA graphs write over
             # what the step before gave the trace.
-            kwargs["disable_compile"] = True
+            if given is None:
+                kwargs["disable_compile"] = True
+            else:
+                config = copy.deepcopy(given)
+                config.disable_compile = True
+                args = (*args[:1], config, *args[2:]) if len(args) > 1 else args
+                kwargs |= {} if len(args) > 1 else {"generation_config": config}
         if self.state.forced is None:
             return self.base_model.generate(*args, **kwargs)
         self.state.forced.repeats = max(beams, setting("num_return_sequences", 1))
@@ -537,10 +546,6 @@ def _load_base(base_model: nn.Module | str | Path) -> nn.Module:
         if directory.is_dir() or not is_absence(error):
             raise
         raise AdapterError(f"base model: {absence(base_model, error)}") from error
-
-
-def _any_device(base_model: nn.Module) -> str:
-    return next((p.device.type for p in base_model.parameters() if p.device.type != "meta"), "cpu")
 
 
 def _without_weights(adapter: Adapter) -> Adapter:

@@ -70,7 +70,7 @@ class TrainingRun:
         self.longest = max(len(sample.ids) for samples in parts for sample in samples)
         self._checkpoint = None
         if output_dir is not None:
-            output_dir = Path(output_dir).absolute()  # "." has no name that a file beside it could be called by
+            output_dir = Path(output_dir).expanduser().absolute()  # "." has no name that a file beside it could be called by
             output_dir.parent.mkdir(parents=True, exist_ok=True)
             self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished{stage or ''}.pt")
         self._identity = _identity(config, [groups, held_out or {}], model)
@@ -251,7 +251,7 @@ def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sampl
         digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
         digest.update(_first_values(layer.base_layer.weight))
         digest.update(layer.gate.weight.detach().float().cpu().numpy().tobytes())
-    digest.update(json.dumps([[a.name, a.sha256] for a in model.adapters]).encode())
+    digest.update(json.dumps([[a.name, a.sha256, a.config_sha256] for a in model.adapters]).encode())
     return digest.hexdigest()
 
 

@@ -96,6 +96,20 @@ def test_saving_never_replaces_other_files(model, base, tmp_path, core):
     with pytest.raises(FileExistsError, match="README.md is a file; choose a new directory for a checkpoint"):
         model.save_pretrained(tmp_path / "other" / "README.md")
     assert (tmp_path / "other" / "README.md").read_text() == "mine"
+    (here / "adapters" / "sql").mkdir()
+    with pytest.raises(FileExistsError, match="adapters/sql is nothing that a checkpoint holds, and would be lost; move it"):
+        model.save_pretrained(here)
+
+
+def test_adapters_beside_a_checkpoint_may_be_referred_to(core, base, tmp_path):
+    for name in ("one", "two"):
+        core.make_adapter(tmp_path / "m" / name, base, r=2)
+    made = MeteoraModel.from_adapters(copy.deepcopy(base), {name: tmp_path / "m" / name for name in ("one", "two")})
+    for options in ({"copy_adapters": False}, {}):
+        made.save_pretrained(tmp_path / "m", **options)
+        again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
+    with pytest.raises(AdapterError, match="adapter 'one' lies in .*m/adapters, which would be replaced"):
+        again.save_pretrained(tmp_path / "m", copy_adapters=False)
 
 
 def test_another_alpha_is_another_adapter(base, mixed_adapters, tmp_path):
@@ -126,7 +140,7 @@ def test_another_alpha_is_another_adapter(base, mixed_adapters, tmp_path):
     MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "whole")
 
 
-def test_a_failed_load_gives_the_base_model_back(model, base, tmp_path):
+def test_a_failed_load_gives_the_base_model_back(model, base, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "m")
     gates = load_file(tmp_path / "m" / "gates.safetensors")
     list(gates.values())[-1][0, 0] = float("nan")
@@ -136,8 +150,21 @@ def test_a_failed_load_gives_the_base_model_back(model, base, tmp_path):
     for _ in range(2):
         with pytest.raises(AdapterError, match="NaN or infinite"):
             MeteoraModel.from_pretrained(again, tmp_path / "m")
-    assert not any(isinstance(module, MeteoraLinear) for module in again.modules())
-    assert [parameter.requires_grad for parameter in again.parameters()] == trainable
+    def untouched():
+        found = [parameter.requires_grad for parameter in again.parameters()]
+        return found == trainable and not any(isinstance(module, MeteoraLinear) for module in again.modules())
+
+    assert untouched()
+
+    def full(self, module, weights, wrap=MeteoraModel._wrap):
+        if module.endswith("down_proj"):
+            raise RuntimeError("out of memory")
+        wrap(self, module, weights)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(MeteoraModel, "_wrap", full)
+        MeteoraModel.from_adapters(again, {"one": model.adapters[0].directory})
+    assert untouched()
 
 
 def test_what_was_unloaded_replaces_no_checkpoint(model, base, tmp_path, mixed_adapters):
@@ -180,8 +207,8 @@ def test_a_backend_of_another_machine_is_no_obstacle(model, base, tmp_path, monk
     settings.write_text(json.dumps(saved))
     monkeypatch.setattr(meteora.backends.triton, "why_not", lambda device_type: "it needs a GPU")
     assert MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m").state.backend == "auto"
-    assert "was saved on another machine (backend 'triton' cannot run on 'cpu', as it needs a GPU" in caplog.text
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on 'cpu'"):
+    assert "m names a backend of another machine, so it is 'auto' here: backend 'triton' cannot run on" in caplog.text
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on"):
         MeteoraModel.from_adapters(base, {"one": model.adapters[0].directory}, MeteoraConfig(backend="triton"))
 
 

@@ -35,23 +35,6 @@ def test_a_failure_inside_leaves_the_old_one(tmp_path):
     assert names(target) == ["old"] and names(tmp_path) == ["b"]
 
 
-def test_a_failing_rename_puts_the_old_one_back(tmp_path, monkeypatch):
-    target = tmp_path / "b"
-    target.mkdir()
-    (target / "old").write_text("kept")
-    replace = os.replace
-
-    def failing(source, destination):
-        if str(source).endswith(".new"):
-            raise OSError("no space")
-        replace(source, destination)
-
-    monkeypatch.setattr(files.os, "replace", failing)
-    with pytest.raises(OSError, match="no space"), atomic_directory(target):
-        pass
-    assert names(target) == ["old"] and names(tmp_path) == ["b"]
-
-
 def test_what_a_killed_process_left_is_no_obstacle_and_not_reused(tmp_path, monkeypatch):
     target = tmp_path / "b"
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
@@ -71,35 +54,66 @@ def test_a_relative_path_works(tmp_path, monkeypatch):
     assert names(tmp_path / "here") == ["file"]
 
 
-def test_what_is_not_its_own_is_kept(tmp_path, monkeypatch):
+def test_what_is_not_its_own_stays_where_it_is(tmp_path):
     target = tmp_path / "b"
-    (target / "folder" / "deep").mkdir(parents=True)
-    for name in ("mine", "yours", "folder/deep/yours"):
+    (target / "folder").mkdir(parents=True)
+    for name in ("mine", "yours", "folder/yours"):
         (target / name).write_text("old")
-    (target / "link").symlink_to("folder")
-    for linked in (True, False):
-        if not linked:
-            monkeypatch.setattr(os, "link", lambda *args, **options: (_ for _ in ()).throw(OSError("no links here")))
+    places = {name: (target / name).stat().st_ino for name in (".", "yours", "folder", "folder/yours")}
+    for content in ("new", "newer"):
         with atomic_directory(target, ("mine", "also mine")) as new:
-            (new / "also mine").write_text("new")
-        assert names(target) == ["also mine", "folder", "link", "yours"]
-        assert (target / "yours").read_text() == (target / "link" / "deep" / "yours").read_text() == "old"
-        assert (target / "link").is_symlink()
-    with pytest.raises(RuntimeError), atomic_directory(target, ("mine",)):
-        raise RuntimeError
-    assert names(target) == ["also mine", "folder", "link", "yours"] and names(tmp_path) == ["b"]
+            (new / "also mine").write_text(content)
+        assert names(target) == ["also mine", "folder", "yours"] and (target / "also mine").read_text() == content
+    assert places == {name: (target / name).stat().st_ino for name in places}
+    assert names(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("own", [None, ("first", "second", "third")])
+def test_wherever_it_stops_the_old_is_back(tmp_path, monkeypatch, error, at, own):
+    target, replace, calls = tmp_path / "b", os.replace, []
+    target.mkdir()
+    for name in ("first", "second", "other"):
+        (target / name).write_text("old")
+
+    def stopping(source, destination):
+        calls.append(source)
+        if len(calls) == at + 1:
+            if error is KeyboardInterrupt:
+                replace(source, destination)  # and right after it
+            raise error
+        replace(source, destination)
+
+    def make():
+        with atomic_directory(target, own) as new:
+            for name in ("third", "first"):
+                (new / name).write_text("new")
+
+    monkeypatch.setattr(files.os, "replace", stopping)
+    moves = 2 if own is None else 4
+    if at < moves:
+        with pytest.raises(error):
+            make()
+        assert names(target) == ["first", "other", "second"]
+        assert {(target / name).read_text() for name in names(target)} == {"old"}
+    else:
+        make()
+        assert names(target) == (["first", "third"] if own is None else ["first", "other", "third"])
+        order = [path.name for path in calls]
+        assert own is None or (order[0] == "first" and order[-1] == "first"), "by which the rest is known to be whole"
+    assert names(tmp_path) == ["b"]
 
 
 def test_a_link_stays_one_and_the_working_directory_where_it_is(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "latest").symlink_to("run")
+    monkeypatch.chdir(tmp_path / "run")
+    for path in (tmp_path / "latest", "."):
+        with atomic_directory(path, ("file",)) as new:
+            (new / "file").write_text(str(path))
+        assert (tmp_path / "run" / "file").read_text() == str(path)
+    assert (tmp_path / "latest").is_symlink() and names(tmp_path) == ["latest", "run"]
     with atomic_directory(tmp_path / "latest") as new:
-        (new / "file").write_text("")
-    assert (tmp_path / "latest").is_symlink() and names(tmp_path / "run") == ["file"] and names(tmp_path) == ["latest", "run"]
-    (tmp_path / "run" / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "run" / "here")
-    for path in (".", "..", tmp_path / "latest"):
-        with pytest.raises(FileExistsError, match="holds the working directory, which cannot be replaced"):
-            with atomic_directory(path):
-                pass
-    assert names(tmp_path / "run") == ["file", "here"]
+        (new / "file").write_text("whole")
+    assert (tmp_path / "latest" / "file").read_text() == "whole" and (tmp_path / "latest").is_symlink()

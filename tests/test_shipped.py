@@ -66,6 +66,8 @@ def test_what_ships_is_a_checkpoint_and_a_source_of_adapters(trained):
             outputs.append(model(**inputs).logits)
         model.unload()
     assert torch.equal(*outputs)
+    settings = json.loads((trained.results / "gates" / "meteora_config.json").read_text())
+    assert all(len(entry["config_sha256"]) == 64 for entry in settings["adapters"])
     adapters = trained.results / "adapters"
     assert sorted(p.name for p in adapters.iterdir()) == sorted([*trained.profile.tasks, "lora_b", "lora_f", HISTORY])
     assert MeteoraModel.from_adapters(base, {"echo": adapters / "toy_echo"}).adapter_names == ["echo"]

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from meteora import MeteoraConfig, MeteoraModel
 
@@ -61,7 +62,15 @@ def test_generation_is_concatenated_along_the_tokens(core, model, use_cache):
     torch.testing.assert_close(trace.logits[Q][:, -8:], whole.logits[Q], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 1.5}, {"assistant_model": "base"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"prompt_lookup_num_tokens": 1},
+        {"guidance_scale": 1.5},
+        {"assistant_model": "base"},
+        {"assistant_early_exit": 1},
+    ],
+)
 def test_tokens_that_are_not_in_the_text_are_refused(core, model, option):
     if "assistant_model" in option:
         option = {"assistant_model": model.base_model}
@@ -69,6 +78,17 @@ def test_tokens_that_are_not_in_the_text_are_refused(core, model, option):
     with model.trace() as trace, pytest.raises(ValueError, match=f"trace cannot follow generation with {next(iter(option))}, "):
         model.generate(ids, max_new_tokens=4, do_sample=False, **option)
     assert not trace.indices
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_configuration_that_is_given_stays_as_it_is(core, model, keyword):
+    ids = core.tokens(2, 5)
+    given = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, guidance_scale=1)
+    before = given.to_dict()
+    options = {"generation_config": given} if keyword else {}
+    with model.trace() as trace:
+        model.generate(ids, *([] if keyword else [given]), **options)
+    assert trace.indices[Q].shape[:2] == (2, 8) and given.to_dict() == before
 
 
 def test_pads_are_included(core, model):

@@ -167,7 +167,8 @@ def _copy_gates(source: Path, target: Path) -> None:
     for file in (GATES_FILE, CARD_FILE):
         shutil.copyfile(source / file, target / file)
     settings["adapters"] = [
-        {key: entry[key] for key in ("name", "sha256")} | {"directory": f"../adapters/{adapter_directory('', entry['name'])}"}
+        {key: value for key, value in entry.items() if key != "source"}
+        | {"directory": f"../adapters/{adapter_directory('', entry['name'])}"}
         for entry in settings["adapters"]
     ]
     write_json(target / MODEL_FILE, settings | {"format": FORMAT})
