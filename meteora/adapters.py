@@ -67,7 +67,8 @@ class LoraWeights:
 class Adapter:
     """One adapter: its name, where it lies, the sha256 of its files, and ``modules``: dotted name -> weights.
 
-    ``source`` is a hub id, or the absolute path ``directory``. ``in_memory``: its weights are in ``modules`` alone, and what lies in ``directory`` is an earlier version of them.
+    ``source`` is a hub id, or the absolute path ``directory``. ``in_memory``: its weights are in ``modules`` alone, and what
+    lies in ``directory`` is an earlier version of them.
     """
 
     name: str

@@ -389,9 +389,8 @@ def test_unsure_gates_answer_the_composites_without_adapters(ablations, whole):
             layer.gate.weight.zero_()
     *_, variant = STUDIES["composites"](ablations)
     silent = of(pd.DataFrame(variant.produce()), metric="correct")
-    base = answer_all_composites(
-        ablations, {"base": ablations.study.methods["base"]}, ablations.profile.composite.count, ablations.answers_folder("base")
-    )
+    base, count = {"base": ablations.study.methods["base"]}, ablations.profile.composite.count
+    base = answer_all_composites(ablations, base, count, ablations.answers_folder("base"))
     expected = of(pd.DataFrame(base), metric="correct")["value"].tolist()
     for _, values in silent.groupby("method"):
         assert values["value"].tolist() == expected
