@@ -24,6 +24,7 @@ from meteora.passes import AdapterInputs, Passes, adapter_inputs, training_passe
 from meteora.stacks import Stack, stack_weights
 from meteora.training_loop import TrainingRun
 
+_EPS = 1e-8  # AdamW's own
 
 def train_adapters(
     base_model: nn.Module,
@@ -110,11 +111,13 @@ class _AdapterTrainer:
                 "params": [stack.values for stack in self.A],
                 "lr": config.learning_rate,
                 "weight_decay": config.weight_decay,
+                "eps": _EPS,
             },
             {
                 "params": [stack.values for stack in self.B],
                 "lr": config.learning_rate * self.scaling,
                 "weight_decay": config.weight_decay / self.scaling,
+                "eps": _EPS / self.scaling,  # as its gradient is that times smaller
             },
         ]
         extra = {"best_loss": self.best_loss, "best_step": self.best_step}
@@ -144,8 +147,18 @@ class _AdapterTrainer:
 
     def _step(self, batches: Iterable[Batch], drawn: Sequence[Sample]) -> dict:
         losses = self.run.sum_over_processes(self.parameters, self._mean_losses(drawn, batches, backward=True)).tolist()
+        self._require_finite(losses)
         self._clip()
         return {"loss": sum(losses) / len(losses), "losses": losses}
+
+    def _require_finite(self, losses: Sequence[float]) -> None:
+        """One adapter's NaN comes into the gradients of all."""
+        for name, loss in zip(self.names, losses, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of adapter {name!r} is {loss}; look for what its examples have that no others do, lower "
+                    "learning_rate, or train in bfloat16 or float32."
+                )
 
     def _mean_losses(self, samples: Sequence[Sample], batches: Iterable[Batch], *, backward: bool) -> Tensor:
         """Every adapter's mean loss (N,) over all its response tokens in ``samples``, as far as this process has them.
@@ -201,6 +214,7 @@ class _AdapterTrainer:
         samples = [sample for group in self.held_out.values() for sample in group]
         batches = micro_batches(samples, self.config.tokens_per_batch, self.run.pad_id, self.run.device)
         losses = self._mean_losses(samples, batches, backward=False)
+        self._require_finite(losses.tolist())
         rows = []
         for task in self.held_out:
             rows.append({"step": step, "task": self.names[task], "split": "valid", "loss": losses[task].item()})

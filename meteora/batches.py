@@ -32,7 +32,8 @@ class Sample:
 
     @property
     def response_tokens(self) -> int:
-        return sum(self.is_response)
+        """Those that are predicted: nothing is ahead of a first token."""
+        return sum(self.is_response[1:])
 
     @property
     def turns(self) -> int:
@@ -179,8 +180,8 @@ def prompt_ids(tokenizer, prompt: str, *, first: bool) -> list[int]:
 def _encode_segments(row: Mapping, n: int, task_ids: Mapping[str, int], tokenizer, max_length: int) -> Sample:
     task = {"task": row["task"]} if "task" in row else {}
     segments = [{"is_response": False, **task, **segment} for segment in row["segments"]]
-    if not segments:
-        raise ValueError(f"row {n} of the dataset has no segments; give at least one.")
+    if not any(segment.get("text", True) for segment in segments):
+        raise ValueError(f"row {n} of the dataset has no segments with a text; give at least one.")
     tasks = [_task_of(segment, n, task_ids, needed=("text", "task")) for segment in segments]
     ends = list(accumulate(len(segment["text"]) for segment in segments))
     found = tokenizer("".join(segment["text"] for segment in segments), return_offsets_mapping=True)

@@ -16,8 +16,8 @@ def check_temperature(temperature: float) -> float:
     """Return ``temperature`` as a float, or raise ``ValueError``: a softmax needs a positive, finite one."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):  # numpy's numbers are of these, too
         raise ValueError(f"temperature must be a number, not {temperature!r}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive and finite, not {temperature!r}.")
+    if not (math.isfinite(temperature) and temperature > 1e-30):  # float32 logits would overflow
+        raise ValueError(f"temperature must be positive and finite (and above 1e-30), not {temperature!r}.")
     return float(temperature)
 
 

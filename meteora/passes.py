@@ -84,7 +84,9 @@ class GateInputs(PassInputs):
 
 def weighted_losses(model: nn.Module, inputs: PassInputs) -> Tensor:
     """The loss () or each adapter's (N,): the cross-entropies at all places, as much of them as counts."""
-    return inputs.shares @ place_losses(model, inputs.input_ids, inputs.places, inputs.targets, inputs.texts)
+    losses = place_losses(model, inputs.input_ids, inputs.places, inputs.targets, inputs.texts)
+    # No product of matrices: autocast would round it, and where a loss is NaN, all adapters' would be.
+    return torch.where(inputs.shares != 0, inputs.shares * losses, 0.0).sum(-1)
 
 
 def response_inputs(batch: Batch, share: float, places: int | None = None) -> PassInputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from meteora.model import MeteoraModel
 from meteora.passes import GateInputs, Passes, gate_inputs, training_passes, weighted_losses
 from meteora.sharding import is_sharded
 from meteora.training_loop import TrainingRun
+
+logger = logging.getLogger(__name__)
 
 _PIECES = 32  # a GPU's 132 multiprocessors have 5 pieces each of a sum for 576 inputs
 
@@ -62,6 +65,12 @@ def train_gates(
         raise ValueError(f"config must be a GateTrainingConfig, not a {type(config).__name__}.")
     if not model.state.enabled:
         raise ValueError("the adapters are disabled, so the gates see nothing; leave disable_adapters() first.")
+    if model.state.forced is not None:
+        raise ValueError("an adapter is forced, so the gates choose nothing; leave route_to() first.")
+    if model.state.trace is not None:
+        raise ValueError("a trace would hold every step of the training; leave trace() first.")
+    if model.dtype == torch.float16 and any(stage.objective == "joint" for stage in config.stages()):
+        logger.warning("in float16 gradients through the model underflow; load the base model in bfloat16 or float32.")
     if output_dir is not None:
         check_free_for_checkpoint(output_dir)
     stages = samples_of_stages(model, dataset, config, tokenizer)  # bad rows are told before anything is trained

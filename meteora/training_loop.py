@@ -172,7 +172,8 @@ class TrainingRun:
     def _resume(self, optimizer, scheduler, parameters, extra: dict[str, Tensor], history: list[dict]) -> int:
         if self._checkpoint is None or not self._checkpoint.is_file():
             return 0
-        state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
+        # Onto the CPU: accelerate's name of a CPU among several processes is none that torch knows here.
+        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         shapes = [[tensor.shape for tensor in tensors] for tensors in (state["parameters"], parameters)]
         if state["identity"] != self._identity or shapes[0] != shapes[1]:
             return 0
@@ -247,15 +248,17 @@ def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sampl
                 digest.update(array("q", sample.ids).tobytes())
                 digest.update(array("q", sample.tasks).tobytes())
                 digest.update(bytes(sample.is_response))
-    for name, layer in model.layers.items():
-        digest.update(f"{name} {tuple(layer.base_layer.weight.shape)} {tuple(layer.lora_A.shape)}".encode())
-        digest.update(_first_values(layer.base_layer.weight))
+    for name, parameter in model.base_model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if "lora_" not in name:
+            digest.update(_some_values(parameter))
+    for layer in model.layers.values():
         digest.update(layer.gate.weight.detach().float().cpu().numpy().tobytes())
     digest.update(json.dumps([[a.name, a.sha256, a.config_sha256] for a in model.adapters]).encode())
     return digest.hexdigest()
 
 
-def _first_values(weight: Tensor) -> bytes:
+def _some_values(weight: Tensor) -> bytes:
     """A few values that tell one base model from another; none where they do not simply lie in memory.
 
     That is where accelerate offloads them, FSDP shards them, or a quantised layer packs them in a type of its own.
@@ -263,4 +266,5 @@ def _first_values(weight: Tensor) -> bytes:
     weight = weight.detach()
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
         return b""
-    return weight.flatten()[:8].float().cpu().numpy().tobytes()
+    step = max(1, weight.numel() // 8)
+    return weight.flatten()[::step].float().cpu().numpy().tobytes()

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, get_cosine_schedule_with_warmup
 
 from meteora import (
     AdapterError, AdapterTrainingConfig, GateTrainingConfig, MeteoraConfig, MeteoraModel, adapter_training, passes,
@@ -237,3 +238,67 @@ def test_what_cannot_be_trained_is_told_before(core, tiny_llama, tmp_path):
         train_adapters(opt, rows, AdapterTrainingConfig(max_steps=1, target_modules=("fc1",)), **options)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
     train_adapters(opt, rows, AdapterTrainingConfig(max_steps=1, target_modules=("q_proj",)), **options)
+
+
+@pytest.mark.parametrize("scaling", [3.0, 0.01])
+def test_together_is_what_peft_trains_alone(core, tiny_llama, train, tmp_path, monkeypatch, scaling):
+    """Step by step: AdamW with its epsilon, warm-up, clipping and decay, from the same A, at any scaling."""
+    settings = {"rank": 2, "alpha": 2 * scaling, "max_steps": 6, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    seen, mean_losses = [], adapter_training._AdapterTrainer._mean_losses
+
+    def watched(self, samples, batches, *, backward):
+        seen.append([sample for sample in samples if sample.task == 0])
+        return mean_losses(self, samples, batches, backward=backward)
+
+    monkeypatch.setattr(adapter_training._AdapterTrainer, "_mean_losses", watched)
+    begin = adapter_training._fresh_adapters(tiny_llama, ["one", "two"], AdapterTrainingConfig(rank=2, alpha=1))[0]
+    _, together = train(**settings)
+    config = AdapterTrainingConfig(**settings, learning_rate=0.02)
+    lora = LoraConfig(r=2, lora_alpha=2 * scaling, target_modules=list(config.target_modules))
+    alone = get_peft_model(copy.deepcopy(tiny_llama), lora).train(False)
+    layers = {name: module for name, module in alone.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A["default"].weight.copy_(begin.modules[name].A)
+    parameters = [p for p in alone.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(6 * config.warmup), 6)
+    for samples in seen:
+        count = sum(sample.response_tokens for sample in samples)
+        for sample in samples:
+            ids = torch.tensor([sample.ids])
+            labels = torch.where(torch.tensor([sample.is_response]), ids, -100)
+            loss = alone(input_ids=ids, labels=labels).loss * sample.response_tokens / count
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for name, layer in layers.items():
+        for half in ("A", "B"):
+            weight = getattr(layer, f"lora_{half}")["default"].weight
+            difference = (getattr(together["one"][name], half) - weight).norm() / weight.norm()
+            assert difference < 2e-3, (name, half, difference)
+
+
+def test_a_loss_that_is_none_is_named_before_it_spoils_the_others(core, tiny_llama, train, tmp_path):
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[core.Tokenizer()("#")["input_ids"][-1]] = math.nan
+    rows = {"good": core.rows(("good",)), "bad": [{"prompt": "a#", "response": "b"}]}
+    options = {"tokenizer": core.Tokenizer(), "output_dir": tmp_path / "out"}
+    with pytest.raises(FloatingPointError, match="the loss of adapter 'bad' is nan; look for what its examples have"):
+        train_adapters(tiny_llama, rows, AdapterTrainingConfig(max_steps=2), **options)
+    assert not list((tmp_path / "out").glob("[!.]*"))
+    options["validation"] = {"bad": rows["bad"]}
+    with pytest.raises(FloatingPointError, match="the loss of adapter 'bad' is nan"):
+        train_adapters(tiny_llama, {**rows, "bad": rows["good"]}, AdapterTrainingConfig(max_steps=2), **options)
+
+
+def test_autocast_does_not_round_the_losses(core, tiny_llama, tmp_path):
+    rows = {"one": core.rows(("one",))}
+    options = {"tokenizer": core.Tokenizer(), "output_dir": tmp_path / "out", "validation": rows}
+    config = AdapterTrainingConfig(max_steps=4, evaluate_every=1, learning_rate=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        history = train_adapters(tiny_llama, rows, config, **options)
+    found = losses(history, "one", "valid")
+    assert len(set(found)) == 4 and any(loss != torch.tensor(loss).bfloat16().item() for loss in found)

@@ -5,7 +5,8 @@ import torch
 
 from data_prep.base_models import load_base_model
 from meteora import batches
-from meteora.batches import MIXED, balanced_steps, by_task, collate, encode, micro_batches
+from meteora.batches import MIXED, Sample, balanced_steps, by_task, collate, encode, micro_batches
+from meteora.training_loop import response_places
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,8 @@ def test_a_long_prompt_loses_its_beginning_and_only_then_the_response_its_end(co
         ([{"task": "one", "prompt": "a", "response": ""}, None], "row 1 of the dataset is a NoneType"),
         ([{"task": "one", "prompt": "a"}], "row 0 of the dataset has no 'response'"),
         ([{"segments": [{"task": "one"}]}], "row 0 of the dataset has no 'text'; each needs text, task"),
-        ([{"segments": []}], "row 0 of the dataset has no segments; give at least one"),
+        ([{"segments": []}], "row 0 of the dataset has no segments with a text; give at least one"),
+        ([{"segments": [{"task": "one", "text": ""}]}], "row 0 of the dataset has no segments with a text; give at least one"),
         ([{"task": "one", "prompt": "a", "response": None}], "row 0 of the dataset has response=None, which must be a"),
         ([{"task": "one", "prompt": 7, "response": "a"}], "row 0 of the dataset has prompt=7, which must be a string"),
         (
@@ -171,3 +173,9 @@ def test_what_was_cut_off_may_leave_a_text_that_begins_with_its_response(core):
     (sample,) = encode([{"turns": rows}], {"one": 0, "two": 1}, core.Tokenizer(), 8)
     assert sample.is_response == [True] * 4 + [False] * 2 + [True] * 2 and sample.turns == 2
     assert collate([sample], 2, CPU).turn_lengths().tolist() == [[4] * 8]
+
+
+def test_a_first_token_that_nothing_predicts_does_not_count():
+    sample = Sample([5, 6, 7, 8], [True, True, False, True], [0] * 4)
+    batch = collate([sample], 0, torch.device("cpu"))
+    assert sample.response_tokens == 2 == len(response_places(batch.labels)[0])

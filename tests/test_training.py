@@ -297,6 +297,48 @@ def test_the_result_is_saved_whole(core, make, tiny_llama, tmp_path):
         assert torch.equal(gates(again)[name], gate.cpu())
 
 
+def test_accelerates_name_of_a_cpu_is_no_obstacle(core, make, tmp_path, monkeypatch):
+    """Among several processes it is cpu:0, which torch.load does not know."""
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(training_loop.TrainingRun, "forget_checkpoint", lambda self: None)
+    monkeypatch.setattr(training_loop.Accelerator, "device", torch.device("cpu", 0))
+    expected = run(make(), core, tmp_path / "a")
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: pytest.fail("it was done already"))
+    assert json.dumps(run(make(), core, tmp_path / "a")) == json.dumps(expected)
+
+
+def test_another_base_model_starts_anew(core, make, tmp_path, monkeypatch):
+    """Also where it differs in what has no adapter, or behind a weight's first values."""
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(training_loop.TrainingRun, "forget_checkpoint", lambda self: None)
+    run(make(), core, tmp_path / "a")
+    left = (tmp_path / ".a.unfinished.pt").read_bytes()
+    for change in ("model.norm.weight", "model.layers.0.self_attn.q_proj.base_layer.weight"):
+        other = make()
+        with torch.no_grad():
+            weight = other.base_model.get_parameter(change)
+            weight[len(weight) // 2 :] *= 2
+        expected = run(copy.deepcopy(other), core)
+        (tmp_path / ".a.unfinished.pt").write_bytes(left)
+        assert run(other, core, tmp_path / "a") == expected
+
+
+@pytest.mark.parametrize("use", ["route_to", "trace"])
+def test_gates_that_do_not_choose_freely_are_not_trained(core, make, use):
+    model = make()
+    names = ["one"] if use == "route_to" else []
+    with getattr(model, use)(*names), pytest.raises(ValueError, match=rf"leave {use}\(\) first"):
+        run(model, core)
+
+
+def test_float16_is_warned_of_where_gradients_go_through_the_model(core, make, caplog):
+    model = make()
+    run(model.half(), core, objective="gate")
+    assert "underflow" not in caplog.text
+    run(model, core, objective="joint")
+    assert "in float16 gradients through the model underflow; load the base model in bfloat16 or float32" in caplog.text
+
+
 def test_a_full_output_directory_is_refused_before_the_work(core, make, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("")
     monkeypatch.setattr(training_loop.TrainingRun, "loop", lambda *args, **kwargs: pytest.fail("trained"))
