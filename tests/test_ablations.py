@@ -586,6 +586,20 @@ def test_unsure_gates_add_less(ablations):
     torch.testing.assert_close(run(unsure(model, 0.9))[0], base)
 
 
+@pytest.mark.parametrize("study", ["deciding", "modules"])
+def test_modules_that_the_model_does_not_have_are_refused(ablations, study):
+    ablations.settings = dataclasses.replace(ablations.settings, modules={"attention": ("q_proj", "k_prj")})
+    (variant,) = STUDIES[study](ablations)
+    with pytest.raises(ProfileError, match=r"ablations.modules\['attention'\] has 'k_prj', but the model's adapters are in q_p"):
+        variant.produce()
+
+
+def test_half_a_recorded_variant_is_none(ablations, whole):
+    variant = next(STUDIES["top_k"](ablations))
+    rows = of(whole, study="top_k", variant=variant.name)
+    assert ablations.take("top_k", variant, rows) and not ablations.take("top_k", variant, rows.iloc[: len(rows) // 2])
+
+
 @pytest.mark.parametrize("study", ["told", "silent"])
 def test_layers_that_the_model_does_not_have_are_refused(ablations, study):
     ablations.settings = dataclasses.replace(ablations.settings, **{study: {"the second": (1, 2), "the third": (2, 3)}})

@@ -166,6 +166,52 @@ def test_adapters_that_come_with_a_profile_are_an_input(study, tmp_path) -> None
     study.run("01")
     weights.write_text("two")
     assert study.reasons()[0] == "the adapters' files changed"
+    task = study.workspace.profile.tasks[0]
+    (tmp_path / f"of-{task}").mkdir()
+    study.workspace = study.records.workspace = with_adapters(tmp_path / "of-{task}")
+    study.run("01")
+    (tmp_path / f"of-{task}" / "adapter_model.safetensors").write_text("new")
+    assert study.reasons()[0] == "the adapters' files changed"
+
+
+def test_a_model_in_a_folder_is_an_input(study, tmp_path) -> None:
+    import dataclasses
+
+    (tmp_path / "mine").mkdir()
+    weights = tmp_path / "mine" / "model.safetensors"
+    weights.write_text("one")
+    profile = load_profile("smoke")
+    model = dataclasses.replace(profile.model, source=str(tmp_path / "mine"))
+    study.workspace = Workspace(dataclasses.replace(profile, model=model), root=study.workspace.root)
+    study.records.workspace = study.workspace
+    study.run("01")
+    assert study.reasons()[0] is None and not profile.model.state()
+    weights.write_text("two")
+    os.utime(weights, (1, 1))
+    assert study.reasons()[0] == "the model's files changed"
+
+
+def test_what_a_stage_left_is_made_again_where_it_is_damaged_or_gone(study) -> None:
+    adapter = study.workspace.adapters / "a" / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True)
+    study.write("01", f"open({str(adapter)!r}, 'w').write('01')")
+    study.run()
+    adapter.write_text("0")
+    assert study.reasons() == ["artifacts/smoke/adapters/a/adapter_model.safetensors is not what it left", None, None]
+    study.run()
+    assert adapter.read_text() == "01" and study.reasons() == [None] * 3
+    manifest = study.workspace.data / "manifest.json"
+    manifest.write_text("{")
+    assert study.reasons()[0] == "artifacts/smoke/data/manifest.json is not what it left"
+    study.run()
+    study.records.adopt(STAGES["02"], {})
+    gates = study.workspace.gates / "gates.safetensors"
+    gates.parent.mkdir(parents=True, exist_ok=True)
+    gates.write_text("gates")
+    study.records.adopt(STAGES["02"], {})
+    assert study.reasons()[1] is None
+    gates.unlink()
+    assert study.reasons()[1] == "artifacts/smoke/gates/gates.safetensors is not what it left"
 
 
 def test_sources_are_those_that_the_notebook_imports() -> None:
@@ -280,8 +326,10 @@ def test_fresh_removes_what_a_failed_run_left(study) -> None:
 def test_a_damaged_record_is_not_trusted(study) -> None:
     study.run("01")
     path = study.records.folder / "01.json"
-    path.write_text(path.read_text()[:-20])
-    assert study.reasons()[0] == "it has not run yet"
+    whole = path.read_text()
+    for damaged in (whole[:-20], "{}", "[]"):
+        path.write_text(damaged)
+        assert study.reasons()[0] == "it has not run yet" and study.records.provenance() == {"data": None, "files": {}}
 
 
 def test_two_runs_at_once_are_refused(study) -> None:
@@ -462,6 +510,13 @@ def test_dry_run_lists_notebooks_and_downloads(study, tmp_path) -> None:
     text = describe(study.workspace, select_stages(None, None, study.notebooks), study.records)
     assert "01_adapter_collection: would be skipped, up to date" in text
     assert "02_gate_training: would run, as it has not run yet" in text
+    study.run()
+    (study.workspace.metrics / "gate_training.csv").unlink()
+    text = describe(study.workspace, select_stages(None, None, study.notebooks), study.records)
+    assert "01_adapter_collection: would be skipped, up to date" in text
+    assert "03_independent_evaluation: would run, as 02 runs before it" in text
+    text = describe(study.workspace, select_stages(None, None, study.notebooks), study.records, fresh=True)
+    assert text.count("would run, as what it left is to be forgotten") == 3
     laptop = dataclasses.replace(load_profile("laptop"), cache=str(tmp_path))
     model, tasks = downloads(laptop)
     assert (model.cached, tasks.cached) == (False, False)

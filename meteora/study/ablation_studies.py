@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _require_reference(ablations)
             complete = run_studies(ablations, options.studies, time_limit=options.time_limit, share=options.share)
             write_kept(ablations)
-    except (ProfileError, ArtifactError, RunError, DataError) as error:
+    except (ProfileError, ArtifactError, RunError, DataError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     logger.info("%s", "complete" if complete else "The time is up; the same command goes on where this one stopped.")

@@ -129,7 +129,7 @@ class Ablations:
         """
         path, mark = self._place(study, variant)
         here = (recorded["study"] == study) & (recorded["variant"] == variant.name) & (recorded["fingerprint"] == mark)
-        if not here.any():
+        if not here.any() or recorded.loc[here, "metric"].iloc[-1] != "seconds":  # by which a variant's rows end
             return False
         if self.kept(study, variant) is None:
             *produced, taken = (r.dropna().to_dict() for _, r in recorded.loc[here, list(_OWN)].iterrows())
@@ -302,7 +302,7 @@ class Ablations:
         index = json.loads((self.workspace.adapters / INDEX).read_text(encoding="utf-8"))
         evaluation = self.profile.evaluation
         return {
-            "model": asdict(self.profile.model),
+            "model": asdict(self.profile.model) | ({"state": state} if (state := self.profile.model.state()) else {}),
             "data": {task: facts["sha256"] for task, facts in manifest["tasks"].items()},
             "adapters": {task: entry["sha256"] for group in index.values() for task, entry in group.items()},
             "gates": file_sha256(self.workspace.gates / GATES_FILE),

@@ -11,6 +11,7 @@ from meteora import MeteoraConfig, MeteoraModel
 from meteora.adapters import load_adapter
 from meteora.study.ablations import Ablations, TrainedGates, Variant, mean_rows, methods_of, row
 from meteora.study.ablations_composites import composite_settings, validation_rows
+from meteora.study.ablations_routing import require_modules
 from meteora.study.artifacts import Workspace
 from meteora.study.baselines import build_methods, share_weights
 from meteora.study.collection import collect_adapters
@@ -126,6 +127,7 @@ def modules_study(ablations: Ablations) -> Iterator[Variant]:
     for name, parts in ablations.settings.modules.items():
 
         def produce(name: str = name, parts: Sequence[str] = parts) -> list[Row]:
+            require_modules(ablations.study.model, name, parts)
             adapters = []
             for task, path in ablations.study.adapters.items():
                 whole = load_adapter(task, path)

@@ -62,12 +62,24 @@ def deciding_study(ablations: Ablations) -> Iterator[Variant]:
 
         def produce(name: str = name, parts: Sequence[str] = parts) -> list[Row]:
             model = ablations.study.model
+            require_modules(model, name, parts)
             (method,) = methods_of(model, "meteora_top2").values()
             methods = {"meteora_top2": inside(method, lambda tasks: deciding_alone(model, parts))}
             answers = ablations.answer(methods, ablations.valid, "deciding", name)
             return ablations.accuracy_rows(answers, adapters=len(ablations.tasks), top_k=2, temperature=1.0)
 
         yield Variant(f"gates of {name} decide", {"modules": parts}, produce)
+
+
+def require_modules(model: MeteoraModel, name: str, parts: Sequence[str]) -> None:
+    """Raise ``ProfileError`` where ``modules[name]`` of a profile has a part of which no adapted module is named."""
+    known = dict.fromkeys(module.rpartition(".")[2] for module in model.layers)
+    for part in parts:
+        if part not in known:
+            raise ProfileError(
+                f"ablations.modules[{name!r}] has {part!r}, but the model's adapters are in {', '.join(known)}; correct it "
+                "in the profile."
+            )
 
 
 class _LastDecision:

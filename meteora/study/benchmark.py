@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             levels=options.levels,
             time_limit=options.time_limit,
         )
-    except (ProfileError, ArtifactError, DataError) as error:
+    except (ProfileError, ArtifactError, DataError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     logger.info("%s", "complete" if complete else "The time is up; the same command goes on where this one stopped.")

@@ -140,7 +140,7 @@ def _train(
     note = folder / f"training-{fingerprint(list(train))[:8]}.json"
     recipe = fingerprint(
         {
-            "model": asdict(workspace.profile.model),
+            "model": [asdict(workspace.profile.model), workspace.profile.model.state()],
             "config": asdict(config),
             "data": [train, valid],
             "versions": versions(),

@@ -57,7 +57,7 @@ def measure_to_file(
             rows.append({**row, **where_measured(device)})
             frame = pd.DataFrame(rows, columns=columns)
             write_text(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
-    except (ProfileError, ArtifactError) as error:
+    except (ProfileError, ArtifactError, OSError) as error:
         logger.error("error: %s", error)
         return 2
     return 0

@@ -145,8 +145,10 @@ def _hub(what: str, kind: str, repository: str, size: int | None = None) -> Down
     return Download(f"{what}: {repository} from the Hugging Face hub", size, cached, (kind, repository))
 
 
-def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | None = None) -> str:
-    """The whole plan as text."""
+def describe(
+    workspace: Workspace, stages: Sequence[Stage], records: Records | None = None, *, fresh: bool = False
+) -> str:
+    """The whole plan as text; ``fresh``: what earlier runs of these notebooks left would be forgotten."""
     profile, records = workspace.profile, records or Records(workspace)
     lines = [
         f"Profile {profile.name}: {profile.description}",
@@ -156,8 +158,12 @@ def describe(workspace: Workspace, stages: Sequence[Stage], records: Records | N
         "",
         "Notebooks:",
     ]
+    running: list[str] = []
     for stage in stages:
-        reason = records.why_run(stage)
+        reason = "what it left is to be forgotten" if fresh else records.why_run(stage)
+        before = [number for number in running if number in stage.needs]
+        reason = reason or (f"{before[0]} runs before it" if before else None)
+        running += [stage.number] if reason else []
         would = f"would run, as {reason}" if reason else "would be skipped, up to date"
         lines.append(f"  {stage.notebook}: {would}")
     lines += [f"  {sentence}" for sentence in left_out(profile, records.notebooks).values()]

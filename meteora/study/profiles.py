@@ -57,6 +57,12 @@ class ModelSettings:
         one_of(DTYPES, dtype=self.dtype)
         one_of(DEVICES, device=self.device)
 
+    def state(self) -> list[tuple[str, int, int]]:
+        """Of a model in a folder each file's name, size and time of change; of another nothing: its name says all."""
+        folder = Path(self.source).expanduser()
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -335,6 +341,8 @@ class Profile:
         options = {**self.gates, **changes}
         first = options.pop("first", None)
         if first is not None:
+            if not isinstance(first, dict):
+                raise ProfileError(f"gates.first must be settings of a training, or null, not {first!r}.")
             options["first"] = training_config(GateTrainingConfig, "gates.first", {**options, **first}, seed=self.seed)
         return training_config(GateTrainingConfig, "gates", options, seed=self.seed)
 

@@ -105,9 +105,11 @@ class Records:
     def read(self, stage: Stage, suffix: str = "") -> dict[str, Any] | None:
         """The record of a stage that has ended, or ``None`` if there is none that can be read."""
         try:
-            return json.loads(self._path(stage, suffix).read_text(encoding="utf-8"))
+            found = json.loads(self._path(stage, suffix).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        whole = suffix or (isinstance(found, dict) and {"started", "inputs", "outputs"} <= found.keys())
+        return found if whole else None
 
     def peak(self, stage: Stage) -> dict[str, Any] | None:
         """The most memory that a stage's process has held: ``memory`` (GPU or main) and ``bytes``, if it said so."""
@@ -126,9 +128,12 @@ class Records:
         }
         if stage.number == "01":
             settings = (profile.adapters, profile.lora_b, profile.lora_f)
-            folders = [s.path for s in settings if s is not None and s.path is not None]
+            settings = [s for s in settings if s is not None and s.path is not None]
+            folders = [s.path for s in settings] + [Path(s.place(task)) for s in settings for task in profile.tasks]
             files = sorted({f for folder in folders if folder.is_dir() for f in folder.rglob("*") if f.is_file()})
             digests["the adapters' files"] = _hash_files(files)
+            if state := profile.model.state():
+                digests["the model's files"] = _digest(state)
         for earlier in existing_stages(self.notebooks, profile):
             if earlier.number in stage.needs:
                 record = self.read(earlier)
@@ -144,9 +149,25 @@ class Records:
         gone = [name for name in record["outputs"] if not (self.workspace.root / name).exists()]
         if gone:
             return f"{gone[0]} is gone" + (f", with {len(gone) - 1} more" if len(gone) > 1 else "")
+        damaged = self._damaged(record.get("left", {}))
+        if damaged is not None:
+            return f"{damaged.relative_to(self.workspace.root)} is not what it left"
         now = self.inputs(stage)
         changed = [name for name in now if now[name] != record["inputs"].get(name)]
         return f"{' and '.join(changed)} changed" if changed else None
+
+    def _damaged(self, left: Mapping[str, Any]) -> Path | None:
+        """The first of the weights and the manifest that a stage left which is gone, or another one now."""
+        artifacts = self.workspace.artifacts
+        for name, sha256 in left.get("files", {}).items():
+            if not (artifacts / name).is_file() or file_sha256(artifacts / name) != sha256:
+                return artifacts / name
+        manifest = artifacts / "data" / MANIFEST
+        try:
+            same = "data" not in left or json.loads(manifest.read_text(encoding="utf-8")) == left["data"]
+        except (OSError, ValueError):
+            same = False
+        return None if same else manifest
 
     def start(self, stage: Stage) -> None:
         """Note that a stage is running; from here on its earlier record is not trusted."""

@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workspace = Workspace(load_profile(options.profile))
         stages = select_stages(options.start, options.only, profile=workspace.profile)
         if options.dry_run:
-            print(describe(workspace, stages))
+            print(describe(workspace, stages, fresh=options.fresh))
             return 0
         print(f"Profile {workspace.profile.name}: {workspace.profile.description}")
         if options.only is None:
