@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MeteoRA, from a clean clone to tables and figures. See ./run_all.sh --help.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
@@ -77,17 +78,21 @@ run_tests() {
 }
 
 run_notebooks() {
-    local option profile=laptop dry_run=no arguments=("$@")
+    local option value profile=laptop dry_run=no arguments=()
     while (($#)); do
         option=$1
         case "$option" in
             --profile | --from | --only)
                 (($# > 1)) || status=2 fail "$option needs a value; see ./run_all.sh --help."
-                if [[ $option == --profile ]]; then profile=$2; fi
-                shift 2 ;;
+                value=$2
+                if [[ $option == --profile ]]; then
+                    [[ $value != *.y*ml || ! -f $called_from/$value ]] || value=$called_from/$value
+                    profile=$value
+                fi
+                arguments+=("$option" "$value"); shift 2 ;;
             -h | --help) usage; return ;;
-            --fresh) shift ;;
-            --dry-run) dry_run=yes; shift ;;
+            --fresh) arguments+=("$option"); shift ;;
+            --dry-run) dry_run=yes; arguments+=("$option"); shift ;;
             *) status=2 fail "unknown argument '$option'; see ./run_all.sh --help." ;;
         esac
     done

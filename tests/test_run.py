@@ -574,9 +574,11 @@ def clone(tmp_path) -> Path:
     return folder
 
 
-def shell(clone: Path, *arguments: str, script: str = "run_all.sh") -> subprocess.CompletedProcess:
+def shell(
+    clone: Path, *arguments: str, script: str = "run_all.sh", folder: str | Path = "/"
+) -> subprocess.CompletedProcess:
     (clone / "calls").write_text("")
-    return subprocess.run([clone / script, *arguments], capture_output=True, text=True, cwd="/")
+    return subprocess.run([clone / script, *arguments], capture_output=True, text=True, cwd=folder)
 
 
 def calls(clone: Path) -> list[str]:
@@ -633,6 +635,17 @@ def test_wrong_shell_arguments_fail_before_anything_is_installed(clone, argument
     done = shell(clone, *arguments)
     assert done.returncode == 2 and calls(clone) == []
     assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_profile_is_looked_for_where_the_command_was_given(clone, tmp_path) -> None:
+    here = tmp_path / "with space"
+    here.mkdir()
+    (here / "my.yaml").write_text("description: mine\nmodel: tiny\nneeds: little\n")
+    shell(clone)
+    for given, expected in (("my.yaml", here / "my.yaml"), (here / "my.yaml", here / "my.yaml"), ("smoke", "smoke")):
+        assert shell(clone, "--profile", str(given), "--only", "02", folder=here).returncode == 0
+        assert calls(clone) == [f"meteora-study --profile {expected} --only 02"]
+    assert "no profile 'other.yaml'" in shell(clone, "--profile", "other.yaml", folder=here).stderr
 
 
 def test_help_and_dry_run_need_no_environment(clone) -> None:
