@@ -26,6 +26,7 @@ from meteora.training_loop import TrainingRun
 
 _EPS = 1e-8  # AdamW's own
 
+
 def train_adapters(
     base_model: nn.Module,
     datasets: Mapping[str, Iterable[Mapping]],
@@ -214,10 +215,11 @@ class _AdapterTrainer:
         samples = [sample for group in self.held_out.values() for sample in group]
         batches = micro_batches(samples, self.config.tokens_per_batch, self.run.pad_id, self.run.device)
         losses = self._mean_losses(samples, batches, backward=False)
-        self._require_finite(losses.tolist())
+        values = losses.tolist()
+        self._require_finite(values)
         rows = []
         for task in self.held_out:
-            rows.append({"step": step, "task": self.names[task], "split": "valid", "loss": losses[task].item()})
+            rows.append({"step": step, "task": self.names[task], "split": "valid", "loss": values[task]})
             if losses[task] < self.best_loss[task]:
                 self.best_loss[task], self.best_step[task] = losses[task], step
                 for stack in self.A + self.B:

@@ -446,10 +446,12 @@ class MeteoraModel(nn.Module):
             if given is None:
                 kwargs["disable_compile"] = True
             else:
-                config = copy.deepcopy(given)
-                config.disable_compile = True
-                args = (*args[:1], config, *args[2:]) if len(args) > 1 else args
-                kwargs |= {} if len(args) > 1 else {"generation_config": config}
+                given = copy.deepcopy(given)
+                given.disable_compile = True
+                if len(args) > 1:
+                    args = (args[0], given, *args[2:])
+                else:
+                    kwargs["generation_config"] = given
         if self.state.forced is None:
             return self.base_model.generate(*args, **kwargs)
         self.state.forced.repeats = max(beams, setting("num_return_sequences", 1))

@@ -590,7 +590,7 @@ def test_unsure_gates_add_less(ablations):
 def test_modules_that_the_model_does_not_have_are_refused(ablations, study):
     ablations.settings = dataclasses.replace(ablations.settings, modules={"attention": ("q_proj", "k_prj")})
     (variant,) = STUDIES[study](ablations)
-    with pytest.raises(ProfileError, match=r"ablations.modules\['attention'\] has 'k_prj', but the model's adapters are in q_p"):
+    with pytest.raises(ProfileError, match=r"ablations.modules\['attention'\] has 'k_prj', but the model's adapters are in q"):
         variant.produce()
 
 

@@ -172,7 +172,7 @@ def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
 
     def weigh(logits: torch.Tensor, top_k: int, temperature: float) -> Routing:
         usual = route(logits, top_k, temperature)
-        share = torch.softmax(logits.float(), -1).gather(-1, usual.indices).sum(-1, keepdim=True)
+        share = torch.softmax(logits, -1).gather(-1, usual.indices).sum(-1, keepdim=True)
         return Routing(usual.indices, usual.weights * (share >= least if least else share))
 
     model.state.router = weigh
