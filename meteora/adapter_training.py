@@ -215,11 +215,10 @@ class _AdapterTrainer:
         samples = [sample for group in self.held_out.values() for sample in group]
         batches = micro_batches(samples, self.config.tokens_per_batch, self.run.pad_id, self.run.device)
         losses = self._mean_losses(samples, batches, backward=False)
-        values = losses.tolist()
-        self._require_finite(values)
+        self._require_finite(losses.tolist())
         rows = []
         for task in self.held_out:
-            rows.append({"step": step, "task": self.names[task], "split": "valid", "loss": values[task]})
+            rows.append({"step": step, "task": self.names[task], "split": "valid", "loss": losses[task].item()})
             if losses[task] < self.best_loss[task]:
                 self.best_loss[task], self.best_step[task] = losses[task], step
                 for stack in self.A + self.B:
