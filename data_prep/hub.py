@@ -5,6 +5,7 @@ Everything goes through `datasets.load_dataset`. With `mirror`, a folder holding
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .tasks import Task
 logger = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 5.0
+_CHOICE = re.compile(r"^\s*choice: ?(.*)$", re.MULTILINE)
+_FEW = 16  # different answers, at most, of a task that asks for one of them
 
 AUTHORS_DATASET = "NJUDeepEngine/meteora_dataset"
 """The paper's data: one folder a task with train.jsonl and test.jsonl, rows {"prompt", "response"}."""
@@ -38,17 +41,27 @@ def load_hub_task(task: Task, mirror: str | Path | None = None) -> tuple[list[Ex
 
 
 def load_authors_task(task: Task, mirror: str | Path | None = None) -> tuple[list[Example], list[Example] | None]:
-    """Like `load_hub_task`, for any of the 28 tasks, from the authors' prepared data; its rows list no choices."""
+    """Like `load_hub_task`, for any of the 28 tasks, from the authors' prepared data.
+
+    Its rows name no choices: they are read off the prompts that list them, and of a task with few different answers, all
+    of these are choices.
+    """
     splits = _load(AUTHORS_DATASET, mirror, task.name, data_dir=task.name)
     examples = {}
     for split in ("train", "test"):
         if split in splits:
             rows = enumerate(splits[split])
-            examples[split] = [
+            found = [
                 _example(task, f"{split}/{index}", _field(row, "prompt", task), _field(row, "response", task))
                 for index, row in rows
             ]
-    return _parts(examples, task.name, AUTHORS_DATASET)
+            examples[split] = _answered(found)
+    train, test = _parts(examples, task.name, AUTHORS_DATASET)
+    answers = sorted({example["response"].strip() for example in train})
+    for example in train + (test or []):
+        listed = [choice.strip() for choice in _CHOICE.findall(example["prompt"].rpartition(" [/INST]")[0])]
+        example["choices"] = listed or (answers if len(answers) <= _FEW else None)
+    return train, test
 
 
 def hub_answers() -> bool:
@@ -138,8 +151,12 @@ def _examples(task: Task, split: str, rows: Iterable[dict]) -> list[Example]:
                 f"The data set {task.hub_path} has no field {error} for task {task.name}; it has {', '.join(fields)}."
             ) from error
         examples.append(_example(task, f"{split}/{index}", f"[INST] {prompt} [/INST]\n", response.strip()))
-    # Alpaca has a few rows without an answer; there is nothing to learn or to score in them.
-    return [example for example in examples if example["response"]]
+    return _answered(examples)
+
+
+def _answered(examples: list[Example]) -> list[Example]:
+    """Without the few rows of alpaca that have no answer: there is nothing to learn or to score in them."""
+    return [example for example in examples if example["response"].strip()]
 
 
 def _flatten(row: dict) -> dict:

@@ -105,18 +105,35 @@ def load_split(data_dir: str | Path, task: str, split: str) -> list[Example]:
     """The examples of one split that `prepare_tasks` wrote to `data_dir`.
 
     Raises:
-        DataError: an unknown split, or data that was not prepared.
+        DataError: an unknown split, or data that was not prepared, or cannot be read.
     """
     if split not in SPLITS:
         raise DataError(f"There is no split {split!r}; choose among {', '.join(SPLITS)}.")
     name = get_task(task).name
     # Without a manifest a preparation was interrupted, and files of a task it does not name are from another one.
-    manifest = Path(data_dir) / MANIFEST
-    if not manifest.is_file() or name not in json.loads(manifest.read_text(encoding="utf-8"))["tasks"]:
+    if name not in prepared_tasks(data_dir):
         raise DataError(f"Task {name} was not prepared in {data_dir}: run prepare_tasks of data_prep for it first.")
     path = Path(data_dir) / name / f"{split}.jsonl"
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): prepare the tasks again.") from error
+
+
+def prepared_tasks(data_dir: str | Path) -> list[str]:
+    """The tasks that `prepare_tasks` wrote to `data_dir`, in its order; none where it has not finished.
+
+    Raises:
+        DataError: a manifest that cannot be read.
+    """
+    manifest = Path(data_dir) / MANIFEST
+    if not manifest.is_file():
+        return []
+    try:
+        return list(json.loads(manifest.read_text(encoding="utf-8"))["tasks"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{manifest} cannot be read ({error}): prepare the tasks again.") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

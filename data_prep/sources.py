@@ -47,6 +47,9 @@ SMOLLM2 = PackageFile(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size=92_871_040,
 )
+# What is made of them once, in the cache. The names carry the hashes, so that another file's content is never taken for this.
+BIGBENCH_FOLDER = f"bigbench/{BIGBENCH.sha256[:16]}"
+SMOLLM2_FOLDER = f"models/smollm2-135m-{SMOLLM2.sha256[:16]}"
 PIP = PackageFile(
     name="pip",
     version="26.2",

@@ -6,6 +6,7 @@ Free of Triton.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -33,6 +34,21 @@ class Kept(Generic[Found]):
             return kept[1]
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        found = self.find(tensor)
+        found = self._find_apart(tensor) if tensor.is_cuda else self.find(tensor)
         self.found[tensor] = version, found
         return found
+
+    def _find_apart(self, tensor: Tensor) -> Found:
+        """``find`` in a thread of its own, on the caller's stream.
+
+        While torch.compile's CUDA graphs run for the first time, all that their thread allocates is taken for theirs, and
+        what outlives that run refused.
+        """
+        stream = torch.cuda.current_stream(tensor.device)
+
+        def find() -> Found:
+            with torch.cuda.stream(stream):
+                return self.find(tensor)
+
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(find).result()

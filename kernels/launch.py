@@ -50,7 +50,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 @functools.cache
 def _hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (9, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def overlaps(tensor: Tensor) -> bool:

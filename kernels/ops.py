@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from meteora.kernels import decode, gathered, grouped
 from meteora.kernels.expand import expand, expand_ref
@@ -39,6 +40,8 @@ def mix_ref(
 def _require_dense_rows(y: Tensor) -> None:
     if y.stride(-1) != 1 and y.shape[-1] > 1:
         raise ValueError(f"y has the strides {y.stride()}, but its rows must be dense; give y.contiguous().")
+    if y.shape[0] > 1 and y.stride(0) < y.shape[1]:
+        raise ValueError(f"y has the strides {y.stride()}, so its rows overlap; give y.contiguous().")
 
 
 # Inference: adds into y ----------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def gated_mix_(
     ``widest``: the largest out of the layers that get x, so that each computes what `choose_siblings` would for all.
     """
     # Outside of a compiler the operator's dispatcher is only a detour.
-    run = gated_mix_op_ if torch.compiler.is_compiling() else _gated_mix_inplace
+    run = gated_mix_op_ if torch.compiler.is_compiling() or type(x) is not Tensor else _gated_mix_inplace
     run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute, widest)
     return y
 
@@ -151,7 +154,7 @@ def mix_(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor
 ) -> Tensor:
     """Add the mixture of a given routing into y (T, out) and return it; see :func:`mix`."""
-    run = mix_op_ if torch.compiler.is_compiling() else _mix_inplace
+    run = mix_op_ if torch.compiler.is_compiling() or type(x) is not Tensor else _mix_inplace
     run(y, x, A, B, column_adapter, indices, weights)
     return y
 
@@ -260,6 +263,7 @@ def _setup_gated(ctx, inputs, output) -> None:
     ctx.num_adapters, ctx.temperature = len(gate), temperature
 
 
+@once_differentiable
 def _backward_gated(ctx, dy, *_) -> tuple:
     x, B, packed, column_adapter, raw, indices, weights = ctx.saved_tensors
     needs_x, needs_A, needs_B, needs_gate = ctx.needs_input_grad[1:5]
@@ -288,6 +292,7 @@ def _setup_mix(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, A, B, column_adapter, indices, weights, output[1])
 
 
+@once_differentiable
 def _backward_mix(ctx, dy, *_) -> tuple:
     x, A, B, column_adapter, indices, weights, raw = ctx.saved_tensors
     needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]

@@ -42,14 +42,15 @@ def compiled_layers(model: nn.Module, wanted: bool, backend: str = "inductor") -
         return
     # Otherwise the first layer's input needs no gradient, and that layer would be a graph of its own.
     hook = model.get_input_embeddings().register_forward_hook(_require_gradient)
+    before = [layer._compiled_call_impl for layer in layers]
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     try:
         with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=_GRAPHS):
             yield
     finally:
-        for layer in layers:
-            layer._compiled_call_impl = None
+        for layer, own in zip(layers, before, strict=True):
+            layer._compiled_call_impl = own
         hook.remove()
 
 

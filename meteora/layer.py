@@ -37,7 +37,7 @@ class ForcedAdapters:
         """The routing of all tokens of an input of shape (*batch, in). Kept, as every layer of a pass asks the same."""
         if torch.compiler.is_compiling():  # a kept key would tie the graph to its sizes; the compiler shares the work
             return forced(self._per_token(batch).to(device))
-        key = (batch, device, self.repeats)
+        key = (batch, device, self.repeats, torch.is_inference_mode_enabled())
         if key != self._key:
             self._routing, self._key = forced(self._per_token(batch).to(device)), key
         return self._routing
@@ -182,7 +182,12 @@ class MeteoraLinear(nn.Module):
             weight.data = before.to(weight.device, torch.float32)
             if weight.grad is not None:
                 weight.grad = weight.grad.float()
+        if self.siblings is not None:
+            self.siblings.forget_moved()
         return self
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_packed": None, "_packed_from": None, "_held": None}  # a copy packs its own
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -209,8 +214,10 @@ class MeteoraLinear(nn.Module):
                 )
             with torch.autocast(device, enabled=False):
                 return mix_own(y, x.to(y.dtype), A, B, state.own.to(y.dtype))
-        if torch.is_grad_enabled() and type(self.base_layer) is not nn.Linear and y._is_view():
-            y = y.clone()  # the mixture is added in place, which autograd forbids in a view of bitsandbytes' making
+        # The mixture is added in place, which autograd forbids in a view of bitsandbytes' making, and hooks were given y.
+        foreign_view = torch.is_grad_enabled() and type(self.base_layer) is not nn.Linear and y._is_view()
+        if foreign_view or self.base_layer._forward_hooks:
+            y = y.clone()
         tokens, flat = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         gated_mix = get_gated_mix(state.backend, device) if self._gate_can_be_fused(x, y) else None
         # Autocast has done its part in choosing y's type; inside, it would mix types where y is not of its own.
@@ -238,7 +245,7 @@ class MeteoraLinear(nn.Module):
                 if state.gate_observer is None:
                     self.warn_once()
                 routing = state.router(logits, state.top_k, state.temperature)
-            if state.trace is not None:
+            if state.trace is not None and torch._C._current_graph_task_id() == -1:  # not once more when recomputed
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
         return routing
 
@@ -265,6 +272,8 @@ class MeteoraLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._packed if self._packed is not None and self._packed.dtype == dtype else None
         if self._packed is None or self._packed_from != (dtype, *state_of(lora_A, gate)):
+            if torch._guards.detect_fake_mode() is not None:
+                return None  # what has no numbers is not kept
             if lora_A.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None  # it would be made in each replay, in memory that is the graph's
             # An ordinary tensor even if this call is inference alone: what lora_A becomes may be trained through later.

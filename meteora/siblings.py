@@ -124,6 +124,8 @@ class Siblings:
         """Whether this is a plain pass without gradients, in which a tensor that was written to can be told."""
         return state.enabled and not (
             torch.is_grad_enabled()
+            or type(x) is not Tensor
+            or torch.autograd.forward_ad._current_level >= 0
             or state.watched
             or state.own is not None
             or (x.is_inference() and len(self._layers) > 1)  # it does not count what is written to it
@@ -194,6 +196,12 @@ class Siblings:
             return self._packed
         # Some were stale, so that all were packed anew after others had been asked; or these are copies of siblings.
         return self._packed if all(part is not None for part in parts) and self.pack_all(layers[0]) else None
+
+    def forget_moved(self) -> None:
+        """Let go of what was packed, once the adapters lie elsewhere."""
+        there = zip(self.layers, self._parts)
+        if self._parts and not any(layer.lora_A.data_ptr() == part.data_ptr() for layer, part in there):
+            self._packed, self._parts = None, []
 
     def pack_all(self, layer: MeteoraLinear) -> bool:
         """Pack the weights of all layers; ``False`` if ``layer`` is none of them, or they are not alike."""

@@ -18,7 +18,8 @@ class Trace:
 
     Attributes:
         logits: name -> (batch, tokens, N) float32, before the temperature.
-        indices: name -> (batch, tokens, k) int64, by descending logit; under ``route_to`` k is 1.
+        indices: name -> (batch, tokens, k) int64, by descending logit; under ``route_to`` k is 1. Of equal logits, such as
+            those of untrained gates, any may come first, and without a trace Triton's kernels may take others.
         weights: name -> (batch, tokens, k) float32.
     """
 
@@ -40,6 +41,11 @@ class Trace:
                 raise ValueError(
                     f"this trace holds {first[-1]} chosen adapters a token and now {k}; open a new trace for each top-k, "
                     "and for route_to."
+                )
+            if self._steps[name][0][0].shape[-1] != logits.shape[-1]:
+                raise ValueError(
+                    f"this trace holds the logits of {self._steps[name][0][0].shape[-1]} adapters, and the model has "
+                    f"{logits.shape[-1]} now; open a new trace after add_adapter."
                 )
         self._steps[name].append(step)
 

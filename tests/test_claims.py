@@ -17,7 +17,7 @@ def composite(runs) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def said(runs, claim="Composite-3, correct answers, against LoRA-B") -> str:
+def said(runs, claim="Composite-3, correct answers: MeteoRA top-2 against LoRA-B") -> str:
     claims = claims_table({"composite": composite(runs)}, "smollm2").set_index("claim")
     assert claims.loc[claim, "n"] == 40 and claims.loc[claim, "command"].endswith("--only 04")
     return claims.loc[claim, "measured here"]
@@ -34,14 +34,14 @@ def test_protocols_may_have_more_items_than_others():
     frame = composite([("numbered", 2, 1.0), ("sequential", 0, 1.0)])
     frame.loc[frame["protocol"] == "sequential", "n"] = 200
     claims = claims_table({"composite": frame}, "smollm2").set_index("claim")
-    assert claims.loc["Composite-3, correct answers, against LoRA-B", "n"] == "40 to 200"
+    assert claims.loc["Composite-3, correct answers: MeteoRA top-2 against LoRA-B", "n"] == "40 to 200"
 
 
 def test_prompts_without_examples_are_told_apart():
     text = said([("numbered", 2, 1.0), ("numbered", 0, 1.0), ("sequential", 0, 1.0)])
     runs = ("numbered, T=1", "numbered, zero-shot, T=1", "sequential, T=1")
     assert text == "; ".join(f"{run}: 2.00 against 1.00 (+100%)" for run in runs)
-    attempted = said([("guided", 0, 1.0)], "Composite-3, answers attempted, against LoRA-B")
+    attempted = said([("guided", 0, 1.0)], "Composite-3, answers attempted: MeteoRA top-2 against LoRA-B")
     assert attempted == "guided, zero-shot, T=1: 2.50 against 1.50 (+67%)"
 
 
@@ -58,7 +58,7 @@ def test_the_difference_item_by_item_stands_beside_the_ratio():
     ]
     metrics = {"composite": composite(runs), "composite_paired": pd.DataFrame(paired, columns=columns)}
     claims = claims_table(metrics, "smollm2").set_index("claim")["measured here"]
-    assert claims["Composite-3, correct answers, against LoRA-B"] == (
+    assert claims["Composite-3, correct answers: MeteoRA top-2 against LoRA-B"] == (
         "numbered, T=15: 2.00 against 1.00 (+100%); "
         "sequential, T=1: 2.00 against 1.00 (+100%, difference 1.00 [-0.25, 2.25])"
     )

@@ -1,5 +1,6 @@
 """Compiled decoder layers: the gradients of layers that are not, and one graph for all of them and all shapes."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -146,6 +147,15 @@ def test_compiled_for_a_gpu_alone_and_for_whole_plain_models(model, monkeypatch)
     assert not worth_compiling(model, gpu)
 
 
+def test_the_users_own_compilation_comes_back(model):
+    layers = model.base_model.model.layers
+    layers[0].compile(backend="eager")
+    own = layers[0]._compiled_call_impl
+    with compiled_layers(model, True, "eager"):
+        assert layers[0]._compiled_call_impl is not own and layers[1]._compiled_call_impl is not None
+    assert layers[0]._compiled_call_impl is own and layers[1]._compiled_call_impl is None
+
+
 # Generation -----------------------------------------------------------------------------------------------------------
 
 
@@ -175,12 +185,18 @@ def test_compiled_generation_is_the_same(model, core):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_generation_in_cuda_graphs_is_the_same(model, core):
+@pytest.mark.parametrize("rank", [2, 64])  # with many columns only those of the chosen adapters are read
+def test_generation_in_cuda_graphs_is_the_same(core, tiny_llama, tmp_path, rank):
     """As transformers does it by itself there."""
-    model.to("cuda")
+    paths = {name: core.make_adapter(tmp_path / name, tiny_llama, r=rank, seed=n) for n, name in enumerate(("one", "two"))}
+
+    def mixture():
+        return core.randomize_gates(MeteoraModel.from_adapters(copy.deepcopy(tiny_llama), paths), std=0.3).to("cuda")
+
     ids = core.tokens().to("cuda")
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(ids, **options)
+    expected = mixture().generate(ids, **options)
+    model = mixture()  # whose layers have not been called
     for _ in range(2):
         assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
     assert counters["stats"]["unique_graphs"] > 0 and counters["inductor"]["cudagraph_skips"] == 0

@@ -9,13 +9,19 @@ from peft import LoraConfig, get_peft_model
 
 from data_prep.base_models import load_base_model
 from data_prep.composite import CompositeItem, parse_answers
+from data_prep.errors import DataError
+from data_prep.prepare import prepare_tasks
 from data_prep.toy import toy_examples
 from meteora import MeteoraModel
 from meteora.batches import encode
+from meteora.study.artifacts import Workspace
 from meteora.study.baselines import build_methods
-from meteora.study.composite import composite_rows, paired_composite_rows, predict_composite, score_composite
+from meteora.study.composite import (
+    composite_rows, composite_runs, paired_composite_rows, predict_composite, score_composite,
+)  # fmt: skip
 from meteora.study.decoding import TranscriptBatch
 from meteora.study.guided import GuidedNumbering
+from meteora.study.profiles import load_profile
 from meteora.study.sequential import answer_in_sequence, transcript
 
 TASKS = ("toy_echo", "toy_first_letter", "toy_parity")
@@ -239,6 +245,25 @@ def test_misuse_is_refused(tiny, items, tmp_path):
 
 def right(item):
     return [example["response"] for example in item.examples]
+
+
+def test_composites_of_tasks_that_could_not_be_had_are_left_out(tmp_path, caplog):
+    smoke = load_profile("smoke")
+    profile = dataclasses.replace(smoke, tasks=(*smoke.tasks, "gsm8k"), root=str(tmp_path))
+    workspace = Workspace(profile)
+    sizes = profile.data
+    prepare_tasks(smoke.tasks, workspace.data, sizes={"train": sizes.train, "valid": sizes.valid, "test": sizes.test})
+    every = {run.size for run in composite_runs(workspace)}
+
+    def with_sizes(sizes):
+        composite = dataclasses.replace(profile.composite, sizes=sizes, temperature={})
+        return Workspace(dataclasses.replace(profile, composite=composite))
+
+    four = (*smoke.tasks, "gsm8k")
+    assert {run.size for run in composite_runs(with_sizes({**profile.composite.sizes, 4: four}))} == every
+    assert "composites of 4 are left out, as gsm8k could not be prepared" in caplog.text
+    with pytest.raises(DataError, match="every composite of the profile has a task that could not be prepared"):
+        composite_runs(with_sizes({4: four}))
 
 
 def test_rows_count_attempted_and_correct(items):

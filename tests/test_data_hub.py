@@ -47,11 +47,13 @@ def mirror(tmp_path, monkeypatch):
         root / "Helsinki-NLP/news_commentary",
         {config: {"train": news["rows"][language]} for language, config in news["config"].items()},
     )
-    for task in ("gsm8k", "winowhy"):
+    for task, answers in (("gsm8k", range(20)), ("winowhy", range(3)), ("vitaminc_fact_verification", range(3))):
         folder = root / AUTHORS_DATASET / task
         folder.mkdir(parents=True)
-        for split, count in (("train", 3), ("test", 2)):
-            rows = [{"prompt": f"[INST] {task} {split} {n} [/INST]\n", "response": f"{n}é"} for n in range(count)]
+        listed = "\n  choice: 0é\n  choice: True or not\nA:" if task.startswith("vitaminc") else ""
+        for split in ("train", "test"):
+            rows = [{"prompt": f"[INST] {task} {split} {n}{listed} [/INST]\n", "response": f"{n}é"} for n in answers]
+            rows += [{"prompt": "[INST] nobody answers [/INST]\n", "response": " "}]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     return root
@@ -95,14 +97,18 @@ def test_rows_without_an_answer_are_left_out(mirror):
     assert len(load_hub_task(get_task("alpaca"), mirror)[0]) == 2
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "winowhy"])
-def test_the_authors_data(mirror, name):
+@pytest.mark.parametrize(
+    "name, choices",
+    [("gsm8k", None), ("winowhy", ["0é", "1é", "2é"]), ("vitaminc_fact_verification", ["0é", "True or not"])],
+)
+def test_the_authors_data(mirror, name, choices):
+    """Choices are what a prompt lists, or a task's answers, if these are few."""
     train, test = load_authors_task(get_task(name), mirror)
-    assert [row["prompt"] for row in test] == [f"[INST] {name} test {n} [/INST]\n" for n in range(2)]
-    assert train[2] == {
-        "task": name, "id": f"{name}/train/2", "prompt": f"[INST] {name} train 2 [/INST]\n", "response": "2é",
-        "choices": None,
-    }  # fmt: skip
+    assert len(test) == len(train) == (20 if name == "gsm8k" else 3), "without the row that has no answer"
+    assert train[2]["prompt"].startswith(f"[INST] {name} train 2") and train[2]["prompt"].endswith(" [/INST]\n")
+    facts = {key: train[2][key] for key in ("task", "id", "response", "choices")}
+    assert facts == {"task": name, "id": f"{name}/train/2", "response": "2é", "choices": choices}
+    assert all(row["choices"] == choices for row in train + test)
 
 
 def test_a_repository_that_is_not_there_is_named(mirror, tmp_path):

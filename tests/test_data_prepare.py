@@ -130,6 +130,20 @@ def test_bad_arguments(tmp_path, arguments, message):
         prepare_tasks(**{"tasks": ["toy_echo"], "out_dir": tmp_path / "x", "sizes": SIZES, **arguments})
 
 
+def test_what_cannot_be_read_is_named(tmp_path):
+    prepare_tasks(["toy_echo"], tmp_path, sizes=SIZES)
+    path = tmp_path / "toy_echo" / "test.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DataError, match=r"test\.jsonl cannot be read \(.*\): prepare the tasks again"):
+        load_split(tmp_path, "toy_echo", "test")
+    path.unlink()
+    with pytest.raises(DataError, match=r"test\.jsonl cannot be read"):
+        load_split(tmp_path, "toy_echo", "test")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
+        load_split(tmp_path, "toy_echo", "train")
+
+
 def test_unknown_names_when_loading(tmp_path):
     prepare_tasks(["toy_echo"], tmp_path, sizes=SIZES)
     with pytest.raises(DataError, match="no split 'dev'; choose among train, valid, test"):

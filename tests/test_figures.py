@@ -122,7 +122,7 @@ def test_composites_have_a_panel_for_each_protocol():
     assert len(figure.axes) == 4  # two temperatures, two protocols, two of the four measured
     guessed = figures.composite_summary(pd.DataFrame(rows, columns=columns), {3: 0.9})
     assert all(axes.get_lines()[-1].get_xdata() == [0.9, 0.9] for axes in visible_axes(guessed))
-    assert [text.get_text() for text in guessed.legends[0].get_texts()][-1] == "choices at random, correct"
+    assert [text.get_text() for text in guessed.legends[0].get_texts()][-1] == "the better guess, correct"
     other = pd.DataFrame(rows, columns=columns).assign(shots=2)
     both = visible_axes(figures.composite_summary(pd.concat([pd.DataFrame(rows, columns=columns), other])))
     titles = [axes.get_title() for axes in both]

@@ -55,6 +55,20 @@ def test_exactly_n_answers_of_the_models_own(tokenizer, lines, expected):
     assert guide.text(Scripted(tokenizer, lines).run(guide)) == expected
 
 
+def test_what_a_token_holds_before_a_line_break_is_the_answers(tokenizer, monkeypatch):
+    """As Llama-3's `.\n` and `)\n` do; here one letter's token is taken for such a one."""
+    (joint,) = tokenizer.encode("q", add_special_tokens=False)[-1:]
+    guide = GuidedNumbering(tokenizer, [10, 4])
+    guide.ends_line.add(joint)
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decode(ids, **options).replace("q", ".\n"))
+    letters = tokenizer.encode("ab", add_special_tokens=False)[-2:]
+    first, second = guide.numbers
+    list_of_two = [*first, *letters, joint, *second, letters[0], guide.line_break]
+    assert guide.split(list_of_two) == ([[*letters, joint], [letters[0]]], guide.eos)
+    assert guide.text(list_of_two) == "1. ab.\n2. a"
+
+
 def test_rows_are_independent_and_what_is_the_models_is_untouched(tokenizer):
     guide = GuidedNumbering(tokenizer, [10, 10])
     first, second = guide.numbers

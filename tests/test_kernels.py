@@ -402,9 +402,19 @@ def test_operands_may_lie_in_any_order_but_what_is_added_to():
     ):
         with pytest.raises(ValueError, match=r"y has the strides \(1, 8\), but its rows must be dense"):
             call()
+    with pytest.raises(ValueError, match=r"so its rows overlap"):
+        ops.mix_(y[0].expand_as(y), x, A, B, owner, indices, weights)
     leaves = [t.requires_grad_() for t in (across, x, other_a, other_b, gate)]
     torch.library.opcheck(torch.ops.meteora.gated_mix, (*leaves, packed.detach(), owner, 2, 1.0))
     torch.library.opcheck(torch.ops.meteora.mix, (*leaves[:4], owner, indices, weights))
+
+
+def test_kernels_overlap_on_nvidias_gpus_alone(monkeypatch):
+    """AMD's report capabilities as high, and have no such instruction."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    for version, overlap in ((None, True), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", version)
+        assert launch._hopper.__wrapped__(0) == overlap
 
 
 def test_compiled_into_one_graph():

@@ -2,17 +2,21 @@
 
 import copy
 import os
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from meteora import MeteoraLinear
 from meteora.adapters import LoraWeights
 from meteora.kernels.segments import segments
 from meteora.layer import ForcedAdapters, MixtureState
+from meteora.siblings import link_siblings
 
 PLAIN = ["loop", "bmm", "dense"]  # in plain torch, and so in any dtype
 BACKENDS = [*PLAIN, *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]  # these layers are on the CPU
@@ -252,3 +256,85 @@ def test_weights_packed_for_inference_can_be_trained_through():
     expected = definition(layer, adapters, x)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), layer.gate.weight)
     torch.testing.assert_close(layer.gate.weight.grad, expected_gradient.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_hook_on_the_base_layer_keeps_what_it_was_given(backend, gradients):
+    layer, adapters = make_layer([3, 2], backend=backend)
+    given = []
+    layer.base_layer.register_forward_hook(lambda module, inputs, y: given.append(y))
+    x = torch.randn(2, 3, 6, requires_grad=gradients)
+    with torch.set_grad_enabled(gradients):
+        y = layer(x)
+        torch.testing.assert_close(y.double(), definition(layer, adapters, x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(given[0], nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+        if gradients:
+            (y.sum() + given[0].sum()).backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_route_to_serves_passes_with_and_without_inference_mode(backend):
+    layer, adapters = make_layer([3, 2], backend=backend)
+    layer.state.forced = ForcedAdapters([1], one_for_all=True)
+    x = torch.randn(2, 3, 6)
+    with torch.inference_mode():
+        expected = layer(x)
+    given = x.clone().requires_grad_()
+    y = layer(given)
+    torch.testing.assert_close(y, expected.clone())
+    y.sum().backward()
+    assert given.grad is not None
+
+
+@interpreted
+def test_a_fake_pass_leaves_the_weights_as_they_are():
+    layer, adapters = make_layer([3, 2], backend="triton")
+    x = torch.randn(4, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert layer(mode.from_tensor(x)).shape == (4, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), definition(layer, adapters, x), rtol=1e-3, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("gradients", [False, True])
+def test_forward_mode_is_refused_rather_than_wrong(gradients):
+    """Also of a layer that is linked, whose pass without gradients is another."""
+    layer, adapters = make_layer([3, 2], backend="triton")
+    link_siblings({"block.q_proj": layer})
+    x, tangent = torch.randn(4, 6), torch.randn(4, 6)
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative; use 'dense'"):
+            layer(dual)
+        layer.state.backend = "dense"
+        found = forward_ad.unpack_dual(layer(dual)).tangent
+    expected = torch.autograd.functional.jvp(lambda x: definition(layer, adapters, x), (x,), (tangent,))[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@interpreted
+def test_second_derivatives_are_refused_rather_than_wrong():
+    layer, _ = make_layer([3, 2], backend="triton")
+    layer.lora_B.requires_grad_(True)
+    x = torch.randn(4, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.lora_B, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.pow(2).sum().backward()
+
+
+@interpreted
+def test_copies_and_pickles_carry_no_packed_weights():
+    layer, adapters = make_layer([3, 2], backend="triton")
+    before = len(pickle.dumps(layer))
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        assert layer._packed is not None
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other._packed is None
+            torch.testing.assert_close(other(x), expected)
+    copied = copy.deepcopy(layer)
+    assert copied.lora_A.untyped_storage().nbytes() < layer._packed.untyped_storage().nbytes()
+    assert len(pickle.dumps(copied)) < before + 1000

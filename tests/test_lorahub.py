@@ -11,6 +11,7 @@ from peft.utils.save_and_load import load_peft_weights
 
 from data_prep.base_models import load_base_model
 from data_prep.toy import toy_examples
+from meteora.adapters import adapter_directory
 from meteora.study import lorahub
 from meteora.study.lorahub import BOUND, NOTE, WeightedSum, compose_adapters, lorahub_method, search_weights
 
@@ -130,8 +131,11 @@ def test_only_what_changed_is_composed_again(base, adapters, examples, tmp_path,
     changed = {**examples, TASKS[1]: examples[TASKS[1]][:2]}
     compose(base, adapters, changed, tmp_path)
     assert len(searched) == 1
+    (adapter_directory(tmp_path, TASKS[0]) / "adapter_model.safetensors").unlink()
+    compose(base, adapters, changed, tmp_path)
+    assert len(searched) == 2, "what lacks its weights"
     compose(base, adapters, changed, tmp_path, seed=1)
-    assert len(searched) == 3
+    assert len(searched) == 4
 
 
 def test_adapters_that_cannot_be_added_up_are_named(base, adapters, tmp_path):

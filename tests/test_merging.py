@@ -72,6 +72,9 @@ def test_merged_directories_are_stock_peft_kept_and_renewed(base, adapters, tmp_
     made = (target / "adapter_model.safetensors").stat().st_mtime_ns
     merge(base, adapters, "linear", tmp_path / "out")
     assert (target / "adapter_model.safetensors").stat().st_mtime_ns == made
+    (target / "adapter_model.safetensors").unlink()
+    merge(base, adapters, "linear", tmp_path / "out")
+    assert (target / "adapter_model.safetensors").is_file(), "what lacks its weights is made anew"
     two = {task: adapters[task] for task in TASKS[:2]}
     merge(base, two, "linear", tmp_path / "out")
     assert list(json.loads((target / "merge.json").read_text())["adapters"]) == TASKS[:2]

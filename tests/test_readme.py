@@ -161,7 +161,7 @@ def test_results_block(tmp_path) -> None:
     )
     block = results_block(tmp_path)
     assert "| A choice at random | 0.500 |" in block and "In 0 of 0 tasks" not in block
-    assert f"| 3 (1 scored) | sequential | 16 | 15 | 0.50 | {ours} | {ours_at_1} | {other} |" in block
+    assert f"| 3 (1 scored) | sequential | 16 | 15 | 0.60 | {ours} | {ours_at_1} | {other} |" in block
     assert interval_text(2.0, 1.5, 2.5, "correct") not in block  # attempted is another measure
     rows = [
         ("seeds", f"seed {seed}", method, "accuracy", task, value + seed / 100)
@@ -177,20 +177,23 @@ def test_results_block(tmp_path) -> None:
     assert "| method | seed 0 | seed 2 | mean and standard deviation |" in table
     assert "| PEFT (told the task) | 0.600 | 0.620 | 0.610 ± 0.014 |\n| MeteoRA top-2 | 0.500 | 0.520 | 0.510 ±" in table
     rows = [
-        ("weights", f"none below 0.5{where}", method, metric, "ALL", value, value - 0.01, value + 0.02, split)
+        ("weights", f"none below 0.5{where}", method, metric, "ALL", value, value - 0.01, value + 0.02, split, 3800)
         for where, split, worse in (("", "valid", 0.1), (", test samples", "test", 0.0))
         for method, metric, value in (
             ("peft", "accuracy", 0.46 - worse),
             ("meteora_top2", "accuracy", 0.43 - worse),
+            ("meteora_top2", "difference", -0.03),
             ("meteora_top2, none where unsure", "accuracy", 0.455 - worse),
             ("meteora_top2, none where unsure", "difference", 0.025 - worse),
         )
     ]
-    columns = ["study", "variant", "method", "metric", "task", "value", "low", "high", "split"]
+    columns = ["study", "variant", "method", "metric", "task", "value", "low", "high", "split", "n"]
     pd.DataFrame(rows, columns=columns).to_csv(metrics / "ablations.csv", index=False)
     assert (
-        "the k chosen less than 0.5 together, MeteoRA top-2 has 0.455 then, not 0.430 (difference 0.025 [0.015, 0.045]); "
-        "PEFT has 0.460." in results_block(tmp_path)
+        "On all 3,800 test samples that were prepared, those of the table among them, PEFT has 0.460, MeteoRA top-2 0.430 "
+        "(difference -0.030 [-0.040, -0.010]). If a token gets no adapter in layers whose gate is unsure, where a softmax over "
+        "all adapters gives the k chosen less than 0.5 together, MeteoRA top-2 has 0.455 then, not 0.430 (difference 0.025 "
+        "[0.015, 0.045])." in results_block(tmp_path)
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from data_prep.sources import BIGBENCH_FOLDER, SMOLLM2_FOLDER
 from meteora.study import execute, run
 from meteora.study.artifacts import STAGES, Workspace, left_out
 from meteora.study.plan import describe, downloads
@@ -524,6 +525,10 @@ def test_dry_run_lists_notebooks_and_downloads(study, tmp_path) -> None:
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "bigbench-1.0.0.tar.gz").touch()
     assert [d.cached for d in downloads(laptop)] == [False, True]
+    (tmp_path / "downloads" / "bigbench-1.0.0.tar.gz").unlink()
+    for made in (BIGBENCH_FOLDER, SMOLLM2_FOLDER):
+        (tmp_path / made).mkdir(parents=True)
+    assert [d.cached for d in downloads(laptop)] == [True, True], "what was made of them serves"
     hub = [d.what for d in downloads(load_profile("llama3-8b"))]
     assert any("meta-llama/Meta-Llama-3-8B" in what for what in hub) and any("gsm8k" in what for what in hub)
 

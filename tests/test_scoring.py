@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -82,11 +85,25 @@ def test_a_choice_within_a_longer_one_is_not_a_second_answer():
     ("answer", "right"),
     [
         ("three", 1), ("3", 1), ("There are three.", 1), ("3 objects", 1), ("1, 2, 3, 4, 5", 0), ("two or three", 0),
-        ("33", 0), ("thirty-three", 0), ("3 or 47", 0), ("3.5", 0), ("3,000", 0),
+        ("33", 0), ("thirty-three", 0), ("thirty three", 0), ("three hundred", 0), ("3 or 47", 0), ("3.5", 0), ("3,000", 0),
     ],
 )  # fmt: skip
 def test_counting_takes_any_reference_and_no_list_of_numbers(answer, right):
     assert scoring.score(SUBSTRING, answer, ["three", "3"]) == right
+
+
+def test_choices_as_long_as_each_other_are_looked_for_in_a_fixed_order():
+    choices = [f"{one} {other}" for one in ("red", "big", "old") for other in ("red", "big", "old") if one != other]
+    program = (
+        "from meteora.study import scoring; from types import SimpleNamespace as S; "
+        f"print(scoring.score(S(name='x', accuracy='substring'), 'the red big old', 'red big', {choices!r}))"
+    )
+    found = set()
+    for seed in ("0", "1", "2", "3", "4", "5"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-P", "-c", program]
+        found.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1
 
 
 def test_a_phrase_is_found_in_a_sentence():
@@ -128,7 +145,9 @@ def test_only_the_first_reference_is_known_to_the_published_metric():
         ("no", "No. It would not.", 1),
         ("Yes and no", "Yes.", 0), ("yes or no", "No.", 0), ("Yes/No", "Yes", 0),
         ("none of them", "No.", 0), ("Nobody knows", "No.", 0), ("Probably yes", "Yes.", 0), ("", "No.", 0),
-        ("no", "Yes", 0),
+        ("no", "Yes", 0), ("No. No one has been there.", "No.", 1), ("Yes. No dogs are allowed.", "Yes.", 1),
+        ("Yes. Yes, it is", "Yes", 1), ("no", "No. No one lives there.", 1), ("Yes, no", "Yes", 0), ("Yes no", "Yes", 0),
+        ("No, yes.", "No", 0), ("No-one", "No", 0),
     ],
 )  # fmt: skip
 def test_yes_and_no(answer, reference, right):
@@ -146,7 +165,8 @@ def test_published_yes_no_reads_letters():
         ("So 6 * 7 = 42. The answer is 42.", 1), ("7 times 6\n#### 42", 1), ("... hence 42", 1),
         ("The answer is $42.00", 1),
         ("The answer is 42 apples, not 43", 1), ("The answer is 420", 0), ("42 is wrong, 41", 0), ("", 0), ("many", 0),
-        ("The answer is -42", 0), ("42km", 1), ("84-42 is 42", 1),
+        ("The answer is -42", 0), ("42km", 1), ("84-42 is 42", 1), ("The answer is -$42", 0), ("The answer is \u221242", 0),
+        ("The answer is .42", 0),
     ],
 )  # fmt: skip
 def test_number(answer, right):
@@ -156,6 +176,12 @@ def test_number(answer, right):
 def test_number_with_thousands():
     assert scoring.score(NUMBER, "The answer is 1,234.", "#### 1234") == 1.0
     assert scoring.score(NUMBER, "The answer is 1234", "#### 1,234") == 1.0
+
+
+def test_number_with_a_sign_or_without_a_zero():
+    assert scoring.score(NUMBER, "The answer is -$42", "#### -42") == 1.0
+    assert scoring.score(NUMBER, "The answer is \u221242", "#### -42") == 1.0
+    assert scoring.score(NUMBER, "The answer is .5", "#### 0.5") == 1.0
 
 
 def test_published_number_compares_strings():

@@ -453,3 +453,18 @@ def test_a_model_made_under_inference_mode(model, core, tiny_llama, tmp_path):
         expected = made(input_ids=ids).logits
     for logits in found:
         torch.testing.assert_close(logits, expected)
+
+
+def test_what_was_packed_is_let_go_when_the_weights_move(model, core):
+    """Unless they lie where they did, as CUDA graphs read them there."""
+    ids = core.tokens()
+    with torch.no_grad():
+        expected = model(ids).logits
+        held = [weakref.ref(group._packed) for group in groups(model)]
+        model.to("cpu")
+        model.float()
+        assert all(packed() is not None for packed in held)
+        model.half()
+        assert all(packed() is None for packed in held)
+        assert all(group._packed is None for group in groups(model))
+        torch.testing.assert_close(model.float()(ids).logits, expected, rtol=0.05, atol=0.05)

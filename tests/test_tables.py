@@ -204,10 +204,10 @@ def test_claims_with_everything_measured():
     assert found["triton operator against bmm-torch"].startswith("not measured: notebook 05")
     against_peft = found["meteora against peft with the adapter chosen by hand"]
     assert "PEFT 0.625; MeteoRA top-2 0.675 (difference 0.050 [-0.020, 0.120]); 2 tasks" == against_peft
-    attempted = found["composite-3, answers attempted, against lora-b"]
+    attempted = found["composite-3, answers attempted: meteora top-2 against lora-b"]
     assert attempted == "guided, T=15: 2.50 against 2.00 (+25%); sequential, T=1: 2.50 against 2.00 (+25%)"
-    assert "1.50 against 1.00 (+50%)" in found["composite-3, correct answers, against lora-b"]
-    assert "sequential, T=1: 1 won, 0 equal, 0 lost" in found["composite-3, sub-tasks won against lora-b"]
+    assert "1.50 against 1.00 (+50%)" in found["composite-3, correct answers: meteora top-2 against lora-b"]
+    assert "sequential, T=1: 1 won, 0 equal, 0 lost" in found["composite-3, sub-tasks won: meteora top-2 against lora-b"]
     assert found["the gates choose the adapter of the task at hand"].startswith("own adapter's share 0.80")
     assert table["command"].iloc[0] == "./run_all.sh --profile laptop --only 05"
 
@@ -221,7 +221,7 @@ def test_a_strategy_that_is_the_slower_one_is_called_so():
 def test_claims_on_composites_have_a_row_for_each_size():
     both = pd.concat([composite_rows(), composite_rows().assign(composite=5)])
     claims = claims_table({"composite": both}, "laptop")["claim"]
-    assert [c for c in claims if "correct" in c] == [f"Composite-{n}, correct answers, against LoRA-B" for n in (3, 5)]
+    assert [c for c in claims if "correct" in c] == [f"Composite-{n}, correct answers: MeteoRA top-2 against LoRA-B" for n in (5, 3)]
 
 
 def test_claims_without_any_measurement_say_what_to_run():
@@ -234,7 +234,7 @@ def test_a_zero_of_lora_b_gives_no_percentage():
     rows = composite_rows()
     rows.loc[(rows["method"] == "lora_b") & (rows["metric"] == "correct"), "value"] = 0.0
     table = claims_table({"composite": rows}, "laptop").set_index("claim")
-    cell = table.loc["Composite-3, correct answers, against LoRA-B", "measured here"]
+    cell = table.loc["Composite-3, correct answers: MeteoRA top-2 against LoRA-B", "measured here"]
     assert "1.50 against 0.00" in cell and "%" not in cell
 
 

@@ -175,3 +175,24 @@ def test_batches_of_different_sizes_are_refused(core, model):
         model(core.tokens(3))
         with pytest.raises(ValueError, match="batches of 3 and now one of 2; open a new trace"):
             model(core.tokens(2))
+
+
+def test_recomputed_layers_are_traced_once(core, model):
+    for layer in model.layers.values():
+        layer.gate.requires_grad_(True)
+    ids = core.tokens(2, 5)
+    with model.trace() as expected:
+        model(input_ids=ids, labels=ids).loss.backward()
+    with model.activation_checkpointing(True), model.trace() as trace:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert trace.indices[Q].shape == (2, 5, 3)
+    assert all(torch.equal(found, expected.indices[name]) for name, found in trace.indices.items())
+
+
+@torch.no_grad()
+def test_an_adapter_added_meanwhile_is_told(core, model, mixed_adapters):
+    with model.trace() as trace, pytest.raises(ValueError, match="logits of 4 adapters, and the model has 5 now"):
+        model(core.tokens())
+        model.add_adapter("more", next(iter(mixed_adapters.values())))
+        model(core.tokens())
+    assert trace.logits[Q].shape[-1] == 4

@@ -128,6 +128,8 @@ def test_what_is_trained_is_kept_until_something_changes(base, adapters, dataset
             xlora_method(wrapped, dataset[:-1], CONFIG, **options)
     assert again.identity() == first.identity()
     assert set(first.identity()["weights"]) == {"base", "adapters", "classifier"}
+    (tmp_path / "xlora" / "classifier.safetensors").unlink()
+    assert xlora_method(wrapped, dataset, CONFIG, **options).identity() == first.identity(), "trained anew"
     other = xlora_method(wrapped, dataset[:-1], CONFIG, **options)
     assert other.identity() != first.identity()
 

@@ -37,6 +37,7 @@ def mix(y: Tensor, x: Tensor, A: Tensor, B: Tensor, column_adapter: Tensor, rout
     from meteora.kernels import grouped_training, ops  # not before it is needed: Triton may be missing
 
     _check_dtype(y)
+    _check_no_tangent(y, x, A, B, routing.weights)
     operands = (y, x, A, B, column_adapter, routing.indices, routing.weights)
     if _needs_gradient(y, x, A, B, routing.weights):
         found = grouped_training.fits(len(x), A, B, column_adapter, routing.indices.shape[1])
@@ -51,6 +52,14 @@ def _check_dtype(y: Tensor) -> None:
         raise ValueError(f"backend 'triton' computes in float32, float16 or bfloat16, not in {y.dtype}; use 'dense'.")
     if y.dtype == torch.bfloat16 and not y.is_cuda:
         raise ValueError("Triton's interpreter multiplies no bfloat16 matrices; use float32 or float16, or 'dense'.")
+
+
+def _check_no_tangent(*tensors: Tensor) -> None:
+    """Dual tensors need no gradient, so that the kernels would write their values and leave out their tangents."""
+    if torch.autograd.forward_ad._current_level >= 0 and any(
+        torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError("backend 'triton' has no forward-mode derivative; use 'dense'.")
 
 
 def _check_adapters(number: int) -> None:
@@ -89,6 +98,7 @@ def gated_mix(
     from meteora.kernels import grouped_training, ops
 
     _check_dtype(y)
+    _check_no_tangent(y, x, A, B, gate)
     _check_adapters(len(gate))
     if packed is None:
         packed = pack(A.detach(), gate.detach())

@@ -72,7 +72,7 @@ class AblationSettings:
         modules: name -> last parts of modules' names: models with adapters, or gates, in those alone.
         weights: 0: a token's k adapters have their shares of a softmax over all adapters; more: none where these shares
             together are less, and elsewhere the usual weights.
-        weights_tested: one of those above 0, on the test samples and on notebook 04's composites as well.
+        weights_tested: one of those above 0, on all test samples and on notebook 04's composites as well.
         told: name -> first decoder layer, and the one behind the last, where the task's own adapter is used; in the others
             the gates choose.
         silent: likewise, layers that have no adapters.

@@ -135,13 +135,13 @@ def weights_study(ablations: Ablations) -> Iterator[Variant]:
     # What was best on validation examples has to be so on others.
     if ablations.settings.weights_tested is not None:
         least = ablations.settings.weights_tested
-        settings = {"test_samples": ablations.profile.evaluation.test_samples}
+        settings = {"test_samples": ablations.profile.data.test}
         yield Variant(f"none below {least:g}, test samples", settings, partial(_test_weights, ablations, least))
 
 
 def _test_weights(ablations: Ablations, least: float) -> list[Row]:
-    """On the samples of Table 1, the methods unchanged and changed, which are named ``..., none where unsure``."""
-    examples = ablations.examples("test", ablations.profile.evaluation.test_samples)
+    """On all test samples, those of Table 1 among them, the methods as they are, and changed (`none_where_unsure`)."""
+    examples = ablations.examples("test")
     usual = ablations.answer(methods_of(ablations.study.model, "peft", *GATED), examples, "weights", "test")
     changed = ablations.answer(_unsure_methods(ablations, least), examples, "weights", f"test {least:g}")
     common = {"split": "test", "beside": usual, "adapters": len(ablations.tasks), "temperature": 1.0}

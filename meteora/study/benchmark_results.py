@@ -26,11 +26,16 @@ def best_launch(benchmark: pd.DataFrame) -> pd.DataFrame:
     return rows.drop_duplicates(["workload", "batch", *SETTING, "backend", "metric"])
 
 
-def side_by_side(benchmark: pd.DataFrame, metric: str = "time_us") -> pd.DataFrame:
-    """One row a setting of a layer (SETTING), one column a strategy; missing where it was not measured."""
+def side_by_side(benchmark: pd.DataFrame, metric: str = "time_us", launch: str | None = None) -> pd.DataFrame:
+    """One row a setting of a layer (SETTING), one column a strategy; missing where it was not measured.
+
+    Args:
+        launch: the one whose rows are taken; default: in a graph where that was measured.
+    """
     require_columns(benchmark, NEEDED, "benchmark.csv")
     rows = benchmark[(benchmark["workload"] == "layer") & (benchmark["metric"] == metric)]
-    return best_launch(rows).pivot(index=SETTING, columns="backend", values="value")
+    rows = best_launch(rows) if launch is None else rows[rows["launch"] == launch]
+    return rows.pivot(index=SETTING, columns="backend", values="value")
 
 
 def models_side_by_side(benchmark: pd.DataFrame, metric: str = "time_us") -> pd.DataFrame:

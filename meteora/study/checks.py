@@ -10,8 +10,15 @@ from typing import Any
 def at_least(minimum: float, **values: float | None) -> None:
     """Raise ``ValueError`` naming the first of ``values`` that is less; ``None`` passes."""
     for name, value in values.items():
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # as is NaN
             raise ValueError(f"{name} must be at least {minimum}, not {value!r}")
+
+
+def named(**values: str) -> None:
+    """Raise ``ValueError`` for the first of ``values`` that is blank."""
+    for name, value in values.items():
+        if not value.strip():
+            raise ValueError(f"{name} must not be empty")
 
 
 def one_of(known: Iterable, **values: Any) -> None:

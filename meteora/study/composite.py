@@ -11,6 +11,7 @@ A sub-answer that is missing or empty is not attempted, and wrong.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from data_prep.composite import CompositeItem, build_composites, parse_answers
+from data_prep.errors import DataError
+from data_prep.prepare import prepared_tasks
 from meteora.batches import token_ids
 from meteora.study.artifacts import Workspace
 from meteora.study.baselines import Method, with_temperature
@@ -27,6 +30,8 @@ from meteora.study.measures import Row, interval_row, strict_scores, task_rows
 from meteora.study.predictions import file_name, reuse_or_produce
 from meteora.study.sequential import answer_in_sequence
 from meteora.study.statistics import paired_difference
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("numbered", "guided", "sequential")
 
@@ -56,14 +61,21 @@ class CompositeRun(NamedTuple):
 def composite_runs(workspace: Workspace) -> list[CompositeRun]:
     """Every size in every protocol of the profile, those of `zero_shot` without solved examples as well.
 
-    A protocol with fewer items has the first of another's.
+    A protocol with fewer items has the first of another's. Sizes with a task that could not be had are left out.
+
+    Raises:
+        DataError: if none is left, or examples are too few.
     """
     profile, found = workspace.profile, []
     settings, predictions = profile.composite, workspace.predictions
     most = max(map(settings.count, settings.protocols))
     kinds = [(protocol, settings.shots) for protocol in settings.protocols]
     kinds += [(protocol, 0) for protocol in settings.zero_shot]
+    prepared = prepared_tasks(workspace.data)
     for size, tasks in settings.sizes.items():
+        if missing := [task for task in tasks if task not in prepared]:
+            logger.warning("composites of %d are left out, as %s could not be prepared", size, ", ".join(missing))
+            continue
         temperatures = list(dict.fromkeys([settings.temperature.get(size, 1.0), 1.0]))
         built = {
             shots: build_composites(workspace.data, tasks, most, shots=shots, seed=profile.seed)
@@ -73,6 +85,8 @@ def composite_runs(workspace: Workspace) -> list[CompositeRun]:
             items = built[shots][: settings.count(protocol)]
             folder = predictions if shots == settings.shots else predictions / f"{shots}-shot"
             found.append(CompositeRun(size, protocol, shots, items, temperatures, folder))
+    if not found:
+        raise DataError("every composite of the profile has a task that could not be prepared; name others in composite.sizes.")
     return found
 
 

@@ -33,6 +33,7 @@ def prepare_examples(workspace: Workspace, *, everything: bool = False) -> tuple
     recipe = fingerprint([profile.tasks, settings, code])
     manifest = _left(folder, recipe)
     if manifest is None:
+        (folder / NOTE).unlink(missing_ok=True)  # it must not vouch for what is written now
         manifest = prepare_tasks(profile.tasks, folder, cache_dir=profile.cache, **settings)
         if not manifest["unavailable"]:  # what could not be had now may be had next time
             write_json(folder / NOTE, {"recipe": recipe})

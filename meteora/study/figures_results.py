@@ -117,7 +117,7 @@ def composite_summary(composite: pd.DataFrame, guess: Mapping[int, float] | None
 
     Args:
         composite: rows ``composite,protocol,shots,temperature,subtask,method,metric,value,low,high,n``.
-        guess: size -> correct answers of choices at random, a dotted line.
+        guess: size -> correct answers of the better guess of each problem, a dotted line.
     """
     require_columns(composite, COMPOSITE_COLUMNS, "composite.csv")
     frame = composite[composite["subtask"] == "ALL"]
@@ -146,7 +146,7 @@ def composite_summary(composite: pd.DataFrame, guess: Mapping[int, float] | None
         for face, text in (("white", "attempted"), ("#333333", "correct"))
     ]
     if guess is not None:
-        handles.append(plt.Line2D([], [], color=INK, linestyle=":", linewidth=1.1, label="choices at random, correct"))
+        handles.append(plt.Line2D([], [], color=INK, linestyle=":", linewidth=1.1, label="the better guess, correct"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 

@@ -35,8 +35,8 @@ def guessing_rows(train: Mapping[str, Sequence[Example]], tests: Mapping[str, Se
     """Rows of ``guessing.csv``, `task,method,metric,value,low,high,n` as in ``independent.csv``, by strict accuracy.
 
     Method ``chance`` takes one of a question's choices at random: its value is the expectation, which has no interval,
-    and 0 where there are no choices. ``majority`` gives the answer that is right most often in the training examples. Tasks without an accuracy
-    have no row.
+    and 0 where there are no choices. ``majority`` gives the answer that is right most often in the training examples. Tasks
+    without an accuracy have no row.
     """
     rows = []
     for task, examples in tests.items():
@@ -60,15 +60,20 @@ def _right(example: Example) -> list[str]:
 
 def tasks_at_a_guess(guessing: pd.DataFrame, independent: pd.DataFrame) -> tuple[int, int]:
     """In how many tasks the interval of `peft` reaches down to the better guess, and of how many tasks."""
-    better = guessing.groupby("task")["value"].max()
+    better = better_guess(guessing)
     own = independent[(independent["metric"] == "accuracy") & (independent["method"] == "peft")].set_index("task")
     return int((own["low"] <= better.reindex(own.index)).sum()), len(own)
 
 
 def expected_correct(guessing: pd.DataFrame, composite: pd.DataFrame) -> dict[int, float]:
-    """Size of a composite -> the right answers that `chance` has in an item, by the frames of the two files."""
-    chance = guessing[guessing["method"] == "chance"].set_index("task")["value"]
-    return {size: float(chance[tasks].sum()) for size, tasks in scored_tasks(composite).items()}
+    """Size of a composite -> the right answers of an item by the better guess of each task, by the frames of the two files."""
+    better = better_guess(guessing)
+    return {size: float(better[tasks].sum()) for size, tasks in scored_tasks(composite).items()}
+
+
+def better_guess(guessing: pd.DataFrame) -> pd.Series:
+    """Task -> the accuracy of the better of the two guesses."""
+    return guessing.groupby("task")["value"].max()
 
 
 def guess(workspace: Workspace) -> pd.DataFrame:

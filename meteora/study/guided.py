@@ -81,6 +81,8 @@ class GuidedNumbering(LogitsProcessor):
                 if len(answer) < limit:
                     return answers, None
                 return answers, self.eos if len(answers) == self.n else self.line_break
+            if self.tokenizer.decode([generated[at]]).strip("\n"):  # such as ".\n", of which `text` strips the break
+                answer.append(generated[at])
             at += 1
         return answers, self.eos
 

@@ -145,7 +145,8 @@ def compose_adapters(
             "evaluations": evaluations, "max_length": max_length, "seed": seed,
         }  # fmt: skip
         note = targets[task] / NOTE
-        if note.is_file() and json.loads(note.read_text(encoding="utf-8"))["recipe"] == recipe:
+        made = note.is_file() and (targets[task] / WEIGHTS_FILE).is_file()
+        if made and json.loads(note.read_text(encoding="utf-8"))["recipe"] == recipe:
             continue
         total = total or WeightedSum(base_model, adapters)
         weights, loss = _search(total, rows, tokenizer, evaluations, max_length, seed)

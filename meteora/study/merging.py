@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from meteora.adapters import WEIGHTS_FILE
 from meteora.files import atomic_directory
 from meteora.study.baselines import share_weights
 from meteora.study.predictions import fingerprint
@@ -35,7 +36,8 @@ class Merging:
     random: bool = False
 
 
-# linear: the average of the adapters' factors. ties: the setting its paper recommends without validation data
+# linear: A and B are sums of the adapters' own, each times the root of 1/N. Their product is the average of the adapters'
+# products B A, and besides of each one's B with each other's A, which PEFT's `cat` would leave out. ties: the setting its paper recommends without validation data
 # (Yadav et al. 2023, arXiv 2306.01708: keep the top 20%, scale 1), with PEFT's default majority sign ("total").
 # dare: drop at random, rescale what is left, then elect signs as TIES does (Yu et al. 2024, arXiv 2311.03099). Half is
 # kept, as every entry of a product of two factors needs both: of each factor alone their 10% would leave 1% of it.
@@ -96,7 +98,9 @@ def _recipe(merging: Merging, digests: Mapping[str, str], seed: int) -> dict[str
 
 def _is_made_by(recipe: Mapping[str, object], directory: Path) -> bool:
     note = directory / NOTE
-    return note.exists() and json.loads(note.read_text(encoding="utf-8")) == recipe
+    if not (note.is_file() and (directory / WEIGHTS_FILE).is_file()):
+        return False
+    return json.loads(note.read_text(encoding="utf-8")) == recipe
 
 
 def _with_all(base_model: torch.nn.Module, adapters: Mapping[str, str | Path]) -> tuple[PeftModel, list[str]]:

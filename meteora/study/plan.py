@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from data_prep.hub import AUTHORS_DATASET, access_trouble, hub_answers
-from data_prep.sources import BIGBENCH, SMOLLM2, PackageFile, cache_root
+from data_prep.sources import BIGBENCH, BIGBENCH_FOLDER, SMOLLM2, SMOLLM2_FOLDER, PackageFile, cache_root
 from data_prep.tasks import get_task
 from meteora.adapters import adapter_directory
 from meteora.study.artifacts import Stage, Workspace, left_out
@@ -36,7 +36,7 @@ def downloads(profile: Profile) -> list[Download]:
     """Everything a run of this profile reads from the network, and whether the caches hold it already."""
     found = []
     if profile.model.source == "smollm2-135m":
-        found.append(_package("base model SmolLM2-135M-Instruct", SMOLLM2, profile.cache))
+        found.append(_package("base model SmolLM2-135M-Instruct", SMOLLM2, SMOLLM2_FOLDER, profile.cache))
     elif profile.model.source != "tiny" and _is_on_hub(profile.model.source):
         found.append(_hub("base model", "model", profile.model.source, _model_bytes(profile)))
     tasks = [get_task(name) for name in profile.tasks]
@@ -45,7 +45,7 @@ def downloads(profile: Profile) -> list[Download]:
     else:
         bigbench = [task for task in tasks if task.source == "bigbench"]
         if bigbench:
-            found.append(_package(f"{len(bigbench)} BIG-bench tasks", BIGBENCH, profile.cache))
+            found.append(_package(f"{len(bigbench)} BIG-bench tasks", BIGBENCH, BIGBENCH_FOLDER, profile.cache))
         for repository in sorted({task.hub_path for task in tasks if task.hub_path}):
             names = ", ".join(task.name for task in tasks if task.hub_path == repository)
             found.append(_hub(f"task {names}", "dataset", repository))
@@ -130,8 +130,10 @@ def _trouble(missing: Sequence[Download]) -> list[str]:
     return [sentence for kind, repository in wanted if (sentence := access_trouble(repository, kind)) is not None]
 
 
-def _package(what: str, file: PackageFile, cache: str | None) -> Download:
-    cached = (cache_root(cache) / "downloads" / file.filename).is_file()
+def _package(what: str, file: PackageFile, made_of_it: str, cache: str | None) -> Download:
+    """A package's file; what was made of it, if that is there, serves without it."""
+    root = cache_root(cache)
+    cached = (root / "downloads" / file.filename).is_file() or (root / made_of_it).exists()
     return Download(f"{what}: {file.filename} from the package index", file.size, cached)
 
 

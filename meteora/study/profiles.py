@@ -17,9 +17,9 @@ import yaml
 from data_prep.errors import UnknownTaskError
 from data_prep.prepare import SOURCES
 from data_prep.tasks import get_task
-from meteora.config import BACKENDS, AdapterTrainingConfig, GateTrainingConfig, TrainingConfig
+from meteora.config import BACKENDS, AdapterTrainingConfig, GateTrainingConfig, TrainingConfig, check_temperature
 from meteora.study.ablation_settings import AblationSettings
-from meteora.study.checks import at_least, distinct, one_of, training_config
+from meteora.study.checks import at_least, distinct, named, one_of, training_config
 from meteora.study.model_settings import DecoderShape, WholeModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -54,6 +54,7 @@ class ModelSettings:
     shape: DecoderShape | None = None
 
     def __post_init__(self) -> None:
+        named(source=self.source)
         one_of(DTYPES, dtype=self.dtype)
         one_of(DEVICES, device=self.device)
 
@@ -121,6 +122,7 @@ class AdapterSettings:
         return training_config(AdapterTrainingConfig, "training", self.training, rank=self.rank, alpha=self.alpha, seed=seed)
 
     def __post_init__(self) -> None:
+        named(source=self.source)
         self.config()
 
 
@@ -205,8 +207,10 @@ class CompositeSettings:
             if len(tasks) != size:
                 raise ValueError(f"sizes.{size} names {len(tasks)} tasks instead of {size}")
         for size, value in self.temperature.items():
-            if value <= 0:
-                raise ValueError(f"temperature.{size} must be positive, not {value!r}")
+            try:
+                check_temperature(value)
+            except ValueError:
+                raise ValueError(f"temperature.{size} must be positive and finite, not {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,11 @@ class Needs:
     minutes: float
     gpu_memory_gb: float = 0
 
+    def __post_init__(self) -> None:
+        at_least(
+            0, memory_gb=self.memory_gb, disk_gb=self.disk_gb, minutes=self.minutes, gpu_memory_gb=self.gpu_memory_gb
+        )
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -368,11 +377,25 @@ class Profile:
         self.xlora_config()
         for tasks in self.composite.sizes.values():
             one_of(self.tasks, **{"composite.sizes": tasks})
+        self._check_samples()
         self._check_ablations()
         for method in ("lora_b", "lora_f"):
             if getattr(self, method) is None and method in self.evaluation.methods + self.composite.methods:
                 raise ValueError(f"the methods have {method}, so the profile needs a section {method}")
 
+
+    def _check_samples(self) -> None:
+        """More than the splits have at most are not to be had."""
+        composite = self.composite
+        tested = {f"composites of protocol {protocol}": composite.count(protocol) for protocol in composite.protocols}
+        for split, wanted in (
+            ("test", {"evaluation.test_samples": self.evaluation.test_samples, **tested}),
+            ("train", {"composite.shots": composite.shots}),
+        ):
+            there = getattr(self.data, split)
+            for name, count in wanted.items():
+                if None not in (there, count) and count > there:
+                    raise ValueError(f"{name} are {count}, but data.{split} is {there}; make it as many")
 
     def _check_ablations(self) -> None:
         settings = self.ablations

@@ -14,7 +14,7 @@ from meteora.study.artifacts import write_text
 from meteora.study.benchmark_results import aims_table, side_by_side
 from meteora.study.benchmark_rows import read_rows
 from meteora.study.claims import COLUMNS, claims_table
-from meteora.study.guessing import FILE, expected_correct, tasks_at_a_guess
+from meteora.study.guessing import FILE, better_guess, expected_correct, tasks_at_a_guess
 from meteora.study.profiles import REPOSITORY, load_profile, profile_names
 from meteora.study.tables import (
     in_order,
@@ -80,11 +80,15 @@ def summary_block(results: Path = RESULTS) -> str:
         break
     path = results / KERNELS_RUN / "metrics" / "benchmark.csv"
     if path.is_file():
-        ratios = _layer_ratios(path)
-        ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]
+        ranges = {}
+        for launch in ("graph", "eager"):
+            ratios = _layer_ratios(path, launch)
+            ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]["ratio"]
+            ranges[launch] = f"{ratios.min():.1f} to {ratios.max():.1f}" if len(ratios) else None
+        without = f", and {ranges['eager']} times without one" if ranges["eager"] else ""
         parts.append(
-            f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ratios['ratio'].min():.1f} to "
-            f"{ratios['ratio'].max():.1f} times as long as one LoRA's on a GPU ([more](#speed))."
+            f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ranges['graph']} times as long as one "
+            f"LoRA's in a CUDA graph{without} ([more](#speed))."
         )
     return "\n".join(parts) + "\n" if parts else NO_RESULTS
 
@@ -102,7 +106,10 @@ def results_block(results: Path = RESULTS) -> str:
             parts.append(f"**Profile `{name}`: {load_profile(name).description}**\n\n{caption}\n\n{to_markdown(means)}")
             if guessing is not None and "peft" in set(independent["method"]):
                 few, tasks = tasks_at_a_guess(guessing, independent)
-                parts.append(f"In {few} of {tasks} tasks PEFT's interval reaches down to the better of the two guesses.\n")
+                parts.append(
+                    f"In {few} of {tasks} tasks PEFT's interval reaches down to the better of the two guesses, which have "
+                    f"{better_guess(guessing).mean():.3f} on average.\n"
+                )
         if (metrics / "ablations.csv").is_file():
             ablations = pd.read_csv(metrics / "ablations.csv")
             parts += [_seeds(ablations), _unsure(ablations)]
@@ -126,7 +133,7 @@ def _seeds(ablations: pd.DataFrame) -> str:
 
 
 def _unsure(ablations: pd.DataFrame) -> str:
-    """What it is worth that adapters whose gate is unsure add nothing, on the samples of Table 1; nothing if not tried."""
+    """What it is worth that adapters whose gate is unsure add nothing, on all test samples; nothing if not tried."""
     rows = ablations[(ablations["study"] == "weights") & (ablations["split"] == "test") & (ablations["task"] == "ALL")]
     if rows.empty:
         return ""
@@ -141,10 +148,17 @@ def _unsure(ablations: pd.DataFrame) -> str:
         for usual in in_order(rows["method"])
         if (method := none_where_unsure(usual), "accuracy") in values
     ]
+    samples = int(rows.loc[rows["metric"] == "accuracy", "n"].iloc[0])
+    as_it_is = [
+        f"{label(usual)} {values[usual, 'accuracy']} (difference {values[usual, 'difference']})"
+        for usual in in_order(rows["method"])
+        if (none_where_unsure(usual), "accuracy") in values
+    ]
     return (
-        "If a token gets no adapter in layers whose gate is unsure, where a softmax over all adapters gives the k chosen "
-        f"less than {least} together, {'; '.join(changed)}; PEFT has {values['peft', 'accuracy']}. Nothing was trained "
-        "for it, and `generate` does not do it: it is study `weights` of notebook 06.\n"
+        f"On all {samples:,} test samples that were prepared, those of the table among them, PEFT has "
+        f"{values['peft', 'accuracy']}, {' and '.join(as_it_is)}. If a token gets no adapter in layers whose gate is unsure, "
+        f"where a softmax over all adapters gives the k chosen less than {least} together, {'; '.join(changed)}. Nothing was "
+        "trained for that, and `generate` does not do it: it is study `weights` of notebook 06.\n"
     )
 
 
@@ -166,7 +180,7 @@ def _composites(composite: pd.DataFrame, temperatures: Mapping[int, float], gues
         few = len(scored.get(size, range(size)))
         problems = f"{size}" if few == size else f"{size} ({few} scored)"
         row = {"problems": problems, "protocol": protocol, "items": items, "T": f"{own_temperature:g}"}
-        row |= {"choices at random": f"{guess[size]:.2f}"} if guess else {}
+        row |= {"the better guess": f"{guess[size]:.2f}"} if guess else {}
         for method in in_order(correct["method"]):
             own = cells[cells["method"] == method]
             columns = {label(method): own_temperature} | ({f"{label(method)}, T = 1": 1.0} if depends[method] else {})
@@ -307,9 +321,9 @@ def ratios_block(results: Path = RESULTS) -> str:
     return to_markdown(pd.DataFrame(rows))
 
 
-def _layer_ratios(benchmark: Path) -> pd.DataFrame:
-    """Every setting with 28 adapters and top-2, and its ``ratio`` of ``triton`` to one LoRA, in CUDA graphs."""
-    times = side_by_side(read_rows(benchmark))
+def _layer_ratios(benchmark: Path, launch: str = "graph") -> pd.DataFrame:
+    """Every setting with 28 adapters and top-2, and its ``ratio`` of ``triton`` to one LoRA, in CUDA graphs or without."""
+    times = side_by_side(read_rows(benchmark), launch=launch)
     ratios = (times["triton"] / times["single_lora"]).rename("ratio").reset_index()
     return ratios[(ratios["adapters"] == 28) & (ratios["top_k"] == 2)]
 

@@ -28,13 +28,16 @@ from sacrebleu.metrics import BLEU
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 
 # A minus counts as a sign only where nothing stands before it: "5-3" holds 5 and 3.
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
+_LEADING = re.compile(
+    r"\W*(yes|no)\b(?!-)(?!\W*(?:and|or|/)\W*(?:yes|no)\b)(?!\W*(?!\1\b)(?:yes|no)\b(?!\s+\w))"
+)
 _ANSWER_MARK = re.compile(r"####|the answer is", re.IGNORECASE)
 # Ahead of a choice these turn it into its opposite: "not valid", "isn't the same".
 _NEGATION = r"(?:non|not|never|no|cannot|\w+n't)(?:\s+(?:a|an|the))?\s+"
 _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand"
 ).split()
 
 
@@ -148,7 +151,7 @@ def _whole_words(prediction: str, references: list[str], choices: list[str]) -> 
 def _named(answer: str, candidates: set[str]) -> set[str]:
     """The candidates that stand in ``answer`` as whole words, the longest taking precedence, negated ones aside."""
     found = set()
-    for candidate in sorted(candidates, key=len, reverse=True):
+    for candidate in sorted(candidates, key=lambda text: (-len(text), text)):  # not in a set's order, which is chance
         if candidate not in answer:  # as by far most are not
             continue
         negated, word = _as_words(candidate)
@@ -174,8 +177,11 @@ def _yes_or_no(prediction: str, references: list[str], choices: list[str]) -> bo
 
 
 def _leading_yes_or_no(text: str) -> str | None:
-    """``yes`` or ``no`` if the text begins with that word and does not take it back ("yes and no")."""
-    match = re.match(r"\W*(yes|no)\b(?!-)(?!\W*(?:and|or|/|,)?\W*(?:yes|no)\b)", text.casefold())
+    """``yes`` or ``no`` if the text begins with that word and does not take it back ("yes and no", "yes, no").
+
+    A sentence that follows may begin with either ("Yes. No dogs are allowed.").
+    """
+    match = _LEADING.match(text.casefold())
     return match.group(1) if match else None
 
 
@@ -186,7 +192,7 @@ def _same_number(prediction: str, references: list[str], choices: list[str]) -> 
 
 def _final_number(text: str) -> Decimal | None:
     """The number after the last "####" or "the answer is", else the last number; ``None`` without one."""
-    *reasoning, last = _ANSWER_MARK.split(text)
+    *reasoning, last = _ANSWER_MARK.split(text.replace("\u2212", "-").replace("$", ""))  # a minus of its own, dollars
     numbers = _NUMBER.findall(last)
     if not numbers:
         return None

@@ -145,7 +145,7 @@ def train_xlora(
         "start": fingerprint([parameter.tolist() for parameter in xlora.classifier.parameters()]),
         "data": fingerprint([[sample.ids, sample.is_response] for sample in samples]),
     }
-    if (output_dir / RECIPE).is_file():
+    if (output_dir / RECIPE).is_file() and (output_dir / WEIGHTS).is_file():
         left = json.loads((output_dir / RECIPE).read_text(encoding="utf-8"))
         if left["recipe"] == recipe:
             xlora.classifier.load_state_dict(load_file(output_dir / WEIGHTS))
