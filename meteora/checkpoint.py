@@ -165,7 +165,7 @@ def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: boo
             entry["source"] = str(local.resolve()) if local.is_dir() else adapter.source
         entries.append(entry)
     state = model.state
-    config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits)
+    config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits, state.least_share)
     saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "untrained": sorted(state.untrained)}
     gates = {name: layer.gate.weight.detach().contiguous() for name, layer in model.layers.items()}
     save_file(gates, directory / GATES_FILE)
@@ -239,6 +239,9 @@ def model_card(model: MeteoraModel) -> str:
         f"| {n} | `{adapter.name}` | {_ranks(model, n)} | `{adapter.sha256[:12]}` |"
         for n, adapter in enumerate(model.adapters)
     )
+    unsure = ""
+    if state.least_share:
+        unsure = f"\nWhere a softmax over all gives the chosen less than {state.least_share:g} together, they add nothing."
     return f"""---
 base_model: {json.dumps(base)}
 library_name: meteora
@@ -252,7 +255,7 @@ tags:
 
 A MeteoRA model ([arXiv 2405.13053](https://arxiv.org/abs/2405.13053)): the frozen base model `{base}`,
 {len(model.adapters)} LoRA adapters, and a gate in each of {len(model.layers)} linear layers that chooses
-{state.top_k} of them for every token. The gates are {gates}. Temperature of their softmax: {state.temperature:g}.
+{state.top_k} of them for every token. The gates are {gates}. Temperature of their softmax: {state.temperature:g}.{unsure}
 
 | row | adapter | ranks: modules | sha256 of its weights |
 |---|---|---|---|

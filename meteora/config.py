@@ -29,6 +29,13 @@ def check_top_k(top_k: int, num_adapters: int) -> int:
     return top_k
 
 
+def check_least_share(share: float) -> float:
+    """Return ``share`` as a float, or raise ``ValueError`` unless it is at least 0 and less than 1."""
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
+        raise ValueError(f"least_share must be a number of at least 0 and less than 1, not {share!r}.")
+    return float(share)
+
+
 def check_backend(backend: str) -> str:
     """Return ``backend``, or raise ``ValueError`` naming the backends there are."""
     if backend not in BACKENDS:
@@ -63,12 +70,16 @@ class MeteoraConfig:
         temperature: divides the chosen logits before their softmax (paper: 1, and 15/20/30 for composite-3/5/10).
         backend: ``loop``, ``bmm``, ``dense``, ``triton``, or ``auto`` for the fastest there is on the device.
         absolute_logits: choose by the logits' absolute values, as training-free gates must (:mod:`meteora.arrow`).
+        least_share: of a softmax over *all* adapters, at temperature 1, that the chosen must have together; a token whose
+            gate is less sure gets no adapter in that layer (not in the paper). 0: it always gets them. On a GPU the gate
+            is then computed apart from the kernels that mix, which takes some launches more.
     """
 
     top_k: int | None = None
     temperature: float = 1.0
     backend: str = "auto"
     absolute_logits: bool = False
+    least_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.top_k is not None:
@@ -77,6 +88,7 @@ class MeteoraConfig:
         check_backend(self.backend)
         if not isinstance(self.absolute_logits, bool):
             raise ValueError(f"absolute_logits must be True or False, not {self.absolute_logits!r}.")
+        self.least_share = check_least_share(self.least_share)
 
 
 @dataclass

@@ -27,10 +27,21 @@ def gate_logits(x: Tensor, gate: Tensor, *, absolute: bool = False) -> Tensor:
     return logits.abs() if absolute else logits
 
 
-def route(logits: Tensor, top_k: int, temperature: float = 1.0) -> Routing:
-    """Choose the ``top_k`` largest of ``logits`` (T, N); their weights are a softmax over them divided by T."""
+def route(logits: Tensor, top_k: int, temperature: float = 1.0, least_share: float = 0.0) -> Routing:
+    """Choose the ``top_k`` largest of ``logits`` (T, N); their weights are a softmax over them divided by T.
+
+    All weights of a token are 0 where a softmax over all its logits, whatever T, gives the chosen less than ``least_share``.
+    """
     values, indices = logits.topk(top_k, dim=-1)
-    return Routing(indices, torch.softmax(values / temperature, dim=-1))
+    weights = torch.softmax(values / temperature, dim=-1)
+    if least_share:
+        weights = torch.where(chosen_share(logits, indices) < least_share, 0, weights)
+    return Routing(indices, weights)
+
+
+def chosen_share(logits: Tensor, indices: Tensor) -> Tensor:
+    """What a softmax over all ``logits`` (T, N) gives the ``indices`` (T, k) together: (T, 1)."""
+    return torch.softmax(logits, dim=-1).gather(-1, indices).sum(-1, keepdim=True)
 
 
 def forced(adapters: Tensor) -> Routing:

@@ -67,12 +67,13 @@ class MixtureState:
     temperature: float = 1.0
     backend: str = "auto"
     absolute_logits: bool = False  # the gates' rows are Arrow's prototypes, whose sign means nothing
+    least_share: float = 0.0  # of all adapters' softmax, below which the chosen weigh nothing
     enabled: bool = True
     forced: ForcedAdapters | None = None
     own: Tensor | None = None  # (samples, tokens, N) one-hot: adapters of one rank are trained, each on its own tokens
     trace: Trace | None = None
     gate_observer: Callable[[MeteoraLinear, Tensor, Tensor], None] | None = None
-    router: Callable[[Tensor, int, float], Routing] = route  # what makes a routing of logits; another one is an experiment
+    router: Callable[[Tensor, int, float, float], Routing] = route  # makes a routing of logits; another is an experiment
     adapters: list[str] = field(default_factory=list)  # the names of all
     untrained: set[str] = field(default_factory=set)  # of them, whose rows of the gates no training has seen
     warned: bool = False
@@ -89,8 +90,8 @@ class MixtureState:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody but the mixture itself wants the gates' logits, or chooses in their place."""
-        others = self.forced is not None or self.router is not route
+        """Whether anybody but the kernels wants the gates' logits, or chooses in their place."""
+        others = self.forced is not None or self.router is not route or self.least_share > 0
         return others or self.trace is not None or self.gate_observer is not None
 
 
@@ -244,13 +245,13 @@ class MeteoraLinear(nn.Module):
             if routing is None:
                 if state.gate_observer is None:
                     self.warn_once()
-                routing = state.router(logits, state.top_k, state.temperature)
+                routing = state.router(logits, state.top_k, state.temperature, state.least_share)
             if state.trace is not None and torch._C._current_graph_task_id() == -1:  # not once more when recomputed
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
         return routing
 
     def _gate_can_be_fused(self, x: Tensor, y: Tensor) -> bool:
-        """Whether nobody but the mixture itself wants the gate's logits, and a fused backend takes x as it is."""
+        """Whether nobody but the kernels wants the gate's logits, and a fused backend takes x as it is."""
         state = self.state
         trained = state.absolute_logits and torch.is_grad_enabled()
         return not state.watched and not trained and x.dtype == y.dtype

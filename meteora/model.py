@@ -35,7 +35,7 @@ from meteora.checkpoint import (
     upload,
     write_checkpoint,
 )
-from meteora.config import MeteoraConfig, check_temperature, check_top_k
+from meteora.config import MeteoraConfig, check_least_share, check_temperature, check_top_k
 from meteora.contexts import to_be_entered
 from meteora.files import atomic_directory
 from meteora.hub import HUB_ERRORS, absence, is_absence
@@ -78,6 +78,7 @@ class MeteoraModel(nn.Module):
             temperature=config.temperature,
             backend=config.backend,
             absolute_logits=config.absolute_logits,
+            least_share=config.least_share,
             adapters=self.adapter_names,
             untrained=set(self.adapter_names),
         )
@@ -334,6 +335,10 @@ class MeteoraModel(nn.Module):
     def set_temperature(self, temperature: float) -> None:
         """Divide the chosen logits by ``temperature`` before their softmax; above 1 the weights even out."""
         self.state.temperature = check_temperature(temperature)
+
+    def set_least_share(self, share: float) -> None:
+        """Give a token no adapter in layers whose gate gives the chosen less than ``share``, of all; 0: always give them."""
+        self.state.least_share = check_least_share(share)
 
     def set_backend(self, backend: str) -> None:
         """Compute the mixture by ``loop``, ``bmm``, ``dense``, ``triton`` or ``auto``."""

@@ -240,6 +240,7 @@ def _head_at(model: nn.Module, places: Tensor) -> Iterator[list]:
 def _identity(config: TrainingConfig, data: Sequence[Mapping[int, Sequence[Sample]]], model: MeteoraModel) -> str:
     """A hash of everything that decides the course of a run."""
     settings = [type(config).__name__, asdict(config), model.top_k, model.state.temperature]
+    settings += [model.state.least_share] if model.state.least_share else []
     digest = hashlib.sha256(json.dumps(settings).encode())
     for groups in data:
         for task, samples in groups.items():

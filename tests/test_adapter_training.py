@@ -77,6 +77,7 @@ def test_every_adapter_keeps_its_own_best_weights(core, train, tmp_path):
     history, adapters = train(validation=validation, max_steps=8, evaluate_every=3, learning_rate=0.5)
     rows = [row for row in history if row["split"] == "valid"]
     assert [(row["step"], row["task"]) for row in rows] == [(3, "one"), (6, "one"), (8, "one")]
+    assert {type(row["loss"]) for row in history} == {float}
     best = min(rows, key=lambda row: row["loss"])
     card = (tmp_path / "out" / "one" / "README.md").read_text()
     assert f"| kept step | {best['step']} |" in card and f"| validation loss | {round(best['loss'], 4)} |" in card

@@ -39,6 +39,7 @@ def logits(model, ids, **kwargs):
 def test_a_checkpoint_restores_everything(core, model, base, tmp_path, copy_adapters):
     model.set_top_k(3)
     model.set_temperature(7.5)
+    model.set_least_share(0.25)
     model.set_backend("loop")
     model.state.untrained.clear()
     model.save_pretrained(tmp_path / "m", copy_adapters=copy_adapters)
@@ -46,7 +47,8 @@ def test_a_checkpoint_restores_everything(core, model, base, tmp_path, copy_adap
     assert not list((tmp_path / "m").rglob("*.bin")) and not list((tmp_path / "m").rglob("*.pt"))
     again = MeteoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "m")
     assert again.adapter_names == model.adapter_names
-    assert (again.top_k, again.state.temperature, again.state.backend) == (3, 7.5, "loop")
+    assert (again.top_k, again.state.temperature, again.state.backend, again.state.least_share) == (3, 7.5, "loop", 0.25)
+    assert "the chosen less than 0.25 together, they add nothing" in (tmp_path / "m" / "README.md").read_text()
     assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
 
 

@@ -36,11 +36,32 @@ def test_top_1_has_weight_1_and_sends_the_gate_no_gradient():
     assert not gradient.any()
 
 
+@given(st.integers(1, 5), st.integers(1, 6), st.data(), st.floats(0.05, 50), st.floats(0, 0.99), st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_an_unsure_gate_gives_no_weight(tokens, adapters, data, temperature, least, seed):
+    """Whatever the temperature; where it is sure enough, the weights are what they ever are."""
+    k = data.draw(st.integers(1, adapters))
+    logits = torch.randn(tokens, adapters, generator=torch.Generator().manual_seed(seed))
+    usual, found = route(logits, k, temperature), route(logits, k, temperature, least)
+    assert torch.equal(found.indices, usual.indices)
+    for row in range(tokens):
+        share = torch.softmax(logits[row].double(), -1)[usual.indices[row]].sum().item()
+        if abs(share - least) > 1e-5:
+            assert torch.equal(found.weights[row], usual.weights[row] * (share >= least))
+
+
+def test_an_unsure_gate_still_learns_from_the_tokens_it_is_sure_of():
+    logits = torch.tensor([[5.0, 0.0, -5.0], [0.1, 0.0, -0.1]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(route(logits, 2, 1.0, 0.9).weights[:, 0].sum(), logits)
+    assert gradient[0].any() and not gradient[1].any()
+
+
 def test_nan_stays_in_its_token():
     logits = torch.randn(3, 4)
     logits[1] = torch.nan
-    routing = route(logits, 2)
-    assert torch.isnan(routing.weights).any(1).tolist() == [False, True, False]
+    for least in (0.0, 0.1):
+        routing = route(logits, 2, 1.0, least)
+        assert torch.isnan(routing.weights).any(1).tolist() == [False, True, False]
     assert routing.indices.min() >= 0 and routing.indices.max() < 4
 
 

@@ -66,6 +66,8 @@ def test_top_k_over_n_and_unknown_settings_are_errors(model, base, mixed_adapter
     for temperature in (-1, np.float32(0), True, np.bool_(True)):
         with pytest.raises(ValueError, match="temperature"):
             model.set_temperature(temperature)
+    with pytest.raises(ValueError, match="least_share"):
+        model.set_least_share(1.0)
     with pytest.raises(ValueError, match="unknown backend"):
         model.set_backend("quick")
     assert (model.top_k, model.state.temperature, model.state.backend) == (2, 1.0, "auto")
@@ -101,6 +103,39 @@ def test_backends_and_settings_reach_every_layer(core, model):
     cold = logits(model, core.tokens())
     model.set_temperature(1)
     assert torch.equal(logits(model, core.tokens()), cold)  # one choice has weight 1 at any temperature
+
+
+def test_tokens_of_an_unsure_gate_get_no_adapter(core, base, mixed_adapters):
+    """By every backend alike, in whole passes and in generation; and it can be told which adapter all the same."""
+    model = core.randomize_gates(MeteoraModel.from_adapters(base, mixed_adapters, MeteoraConfig(least_share=0.6)), std=0.3)
+    ids, found = core.tokens(), {}
+    for backend in ("loop", "bmm", "dense", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])):
+        model.set_backend(backend)
+        found[backend] = logits(model, ids)
+        torch.testing.assert_close(found[backend], found["loop"], rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), model.trace() as trace:
+        torch.testing.assert_close(logits(model, ids), found["loop"], rtol=1e-4, atol=1e-4)
+    for name, weights in trace.weights.items():
+        share = torch.softmax(trace.logits[name], -1).gather(-1, trace.indices[name]).sum(-1)
+        assert torch.equal(weights.sum(-1) > 0, share >= 0.6)
+    silent = torch.cat([weights.sum(-1).flatten() == 0 for weights in trace.weights.values()])
+    assert 0 < silent.float().mean() < 1
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+    with model.route_to("one"):
+        told = logits(model, ids)
+    model.set_least_share(0)
+    assert not torch.allclose(logits(model, ids), found["loop"], atol=1e-3)
+    with model.route_to("one"):
+        torch.testing.assert_close(logits(model, ids), told, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.gate.weight.zero_()
+    model.set_least_share(0.9)
+    with model.disable_adapters():
+        expected = logits(model, ids)
+    torch.testing.assert_close(logits(model, ids), expected)
 
 
 def test_the_base_model_may_be_a_path(core, model, base, mixed_adapters, tmp_path):

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from meteora import MeteoraModel, Routing
-from meteora.gating import route
+from meteora.gating import chosen_share, route
 from meteora.study.ablations import Ablations, Variant, methods_of
 from meteora.study.baselines import Method, Tasks, with_temperature
 from meteora.study.measures import Row
@@ -166,20 +166,23 @@ def _unsure_methods(ablations: Ablations, least: float) -> dict[str, Method]:
 def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
     """Inside, a token's k adapters weigh together the share that a softmax over all adapters gives them.
 
-    With ``least``, they weigh what they ever do where that share is at least so much, and nothing elsewhere. The share does
-    not depend on the temperature, which divides the logits of the chosen alone.
+    With ``least``, they weigh what they ever do where that share is at least so much, and nothing elsewhere.
     """
 
-    def weigh(logits: torch.Tensor, top_k: int, temperature: float) -> Routing:
+    def weigh(logits: torch.Tensor, top_k: int, temperature: float, _: float) -> Routing:
         usual = route(logits, top_k, temperature)
-        share = torch.softmax(logits, -1).gather(-1, usual.indices).sum(-1, keepdim=True)
-        return Routing(usual.indices, usual.weights * (share >= least if least else share))
+        return Routing(usual.indices, usual.weights * chosen_share(logits, usual.indices))
 
-    model.state.router = weigh
+    state = model.state
+    before = state.least_share
+    if least:
+        state.least_share = least
+    else:
+        state.router = weigh
     try:
         yield
     finally:
-        model.state.router = route
+        state.least_share, state.router = before, route
 
 
 def told_study(ablations: Ablations) -> Iterator[Variant]:

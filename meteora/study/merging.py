@@ -37,10 +37,11 @@ class Merging:
 
 
 # linear: A and B are sums of the adapters' own, each times the root of 1/N. Their product is the average of the adapters'
-# products B A, and besides of each one's B with each other's A, which PEFT's `cat` would leave out. ties: the setting its paper recommends without validation data
-# (Yadav et al. 2023, arXiv 2306.01708: keep the top 20%, scale 1), with PEFT's default majority sign ("total").
-# dare: drop at random, rescale what is left, then elect signs as TIES does (Yu et al. 2024, arXiv 2311.03099). Half is
-# kept, as every entry of a product of two factors needs both: of each factor alone their 10% would leave 1% of it.
+# products B A, and besides of each one's B with each other's A, which PEFT's `cat` would leave out. ties: the setting its
+# paper recommends without validation data (Yadav et al. 2023, arXiv 2306.01708: keep the top 20%, scale 1), with PEFT's
+# default majority sign ("total"). dare: drop at random, rescale what is left, then elect signs as TIES does (Yu et al. 2024,
+# arXiv 2311.03099). Half is kept, as every entry of a product of two factors needs both: of each factor alone their 10% would
+# leave 1% of it.
 MERGINGS = {
     "linear": Merging("linear"),
     "ties": Merging("ties", weight=1.0, density=0.2),

@@ -158,7 +158,7 @@ def _unsure(ablations: pd.DataFrame) -> str:
         f"On all {samples:,} test samples that were prepared, those of the table among them, PEFT has "
         f"{values['peft', 'accuracy']}, {' and '.join(as_it_is)}. If a token gets no adapter in layers whose gate is unsure, "
         f"where a softmax over all adapters gives the k chosen less than {least} together, {'; '.join(changed)}. Nothing was "
-        "trained for that, and `generate` does not do it: it is study `weights` of notebook 06.\n"
+        f"trained for that: it is study `weights` of notebook 06, and `MeteoraConfig(least_share={least})` in the library.\n"
     )
 
 
