@@ -215,9 +215,11 @@ class MeteoraLinear(nn.Module):
                 )
             with torch.autocast(device, enabled=False):
                 return mix_own(y, x.to(y.dtype), A, B, state.own.to(y.dtype))
-        # The mixture is added in place, which autograd forbids in a view of bitsandbytes' making, and hooks were given y.
-        foreign_view = torch.is_grad_enabled() and type(self.base_layer) is not nn.Linear and y._is_view()
-        if foreign_view or self.base_layer._forward_hooks:
+        # The mixture is added in place, which autograd forbids in a view of bitsandbytes' making or a backward hook's, and
+        # forward hooks were given y.
+        base = self.base_layer
+        foreign_view = torch.is_grad_enabled() and type(base) is not nn.Linear and y._is_view()
+        if foreign_view or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks:
             y = y.clone()
         tokens, flat = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         gated_mix = get_gated_mix(state.backend, device) if self._gate_can_be_fused(x, y) else None
@@ -246,7 +248,9 @@ class MeteoraLinear(nn.Module):
                 if state.gate_observer is None:
                     self.warn_once()
                 routing = state.router(logits, state.top_k, state.temperature, state.least_share)
-            if state.trace is not None and torch._C._current_graph_task_id() == -1:  # not once more when recomputed
+            # Not once more where a backward pass recomputes the layer, of which a compiler knows nothing.
+            recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            if state.trace is not None and not recomputed:
                 state.trace.record(self.name, x.shape[:-1], logits, routing)
         return routing
 

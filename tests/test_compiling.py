@@ -156,6 +156,16 @@ def test_the_users_own_compilation_comes_back(model):
     assert layers[0]._compiled_call_impl is own and layers[1]._compiled_call_impl is None
 
 
+def test_a_traced_layer_compiles_into_one_graph(model, core):
+    layer = next(iter(model.layers.values()))
+    x = torch.randn(2, 5, layer.in_features)
+    with torch.no_grad(), model.trace() as expected:
+        layer(x)
+    with torch.no_grad(), model.trace() as found:
+        torch.compile(layer, fullgraph=True, backend="eager")(x)
+    assert torch.equal(found.indices[layer.name], expected.indices[layer.name])
+
+
 # Generation -----------------------------------------------------------------------------------------------------------
 
 

@@ -274,6 +274,18 @@ def test_a_hook_on_the_base_layer_keeps_what_it_was_given(backend, gradients):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_hook_on_the_base_layer_sees_its_gradient(backend):
+    layer, adapters = make_layer([3, 2], backend=backend)
+    seen = []
+    layer.base_layer.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y.double(), definition(layer, adapters, x), rtol=1e-3, atol=1e-4)
+    y.sum().backward()
+    assert torch.equal(seen[0], torch.ones_like(y))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_route_to_serves_passes_with_and_without_inference_mode(backend):
     layer, adapters = make_layer([3, 2], backend=backend)
     layer.state.forced = ForcedAdapters([1], one_for_all=True)

@@ -166,7 +166,7 @@ def test_published_yes_no_reads_letters():
         ("The answer is $42.00", 1),
         ("The answer is 42 apples, not 43", 1), ("The answer is 420", 0), ("42 is wrong, 41", 0), ("", 0), ("many", 0),
         ("The answer is -42", 0), ("42km", 1), ("84-42 is 42", 1), ("The answer is -$42", 0), ("The answer is \u221242", 0),
-        ("The answer is .42", 0),
+        ("The answer is .42", 0), ("The answer is...42", 1), ("No.42", 1),
     ],
 )  # fmt: skip
 def test_number(answer, right):

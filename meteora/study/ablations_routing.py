@@ -109,7 +109,7 @@ def deciding_alone(model: MeteoraModel, parts: Sequence[str]) -> Iterator[None]:
 
     def decide(layer: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> None:
         if id(layer) in deciders:
-            last.made = route(logits, state.top_k, state.temperature)
+            last.made = route(logits, state.top_k, state.temperature, state.least_share)
 
     hooks = [model.base_model.register_forward_pre_hook(begin)]
     hooks += [layer.register_forward_pre_hook(before) for layer in model.layers.values()]
@@ -174,7 +174,7 @@ def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
         return Routing(usual.indices, usual.weights * chosen_share(logits, usual.indices))
 
     state = model.state
-    before = state.least_share
+    before = state.least_share, state.router
     if least:
         state.least_share = least
     else:
@@ -182,7 +182,7 @@ def unsure(model: MeteoraModel, least: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        state.least_share, state.router = before, route
+        state.least_share, state.router = before
 
 
 def told_study(ablations: Ablations) -> Iterator[Variant]:

@@ -62,7 +62,7 @@ class GuidedNumbering(LogitsProcessor):
         """Take a generated list apart.
 
         Returns:
-            The answers so far (token lists, their line breaks removed), and the token that the scaffold wants next:
+            The answers so far (token lists, without tokens that are line breaks alone), and the token that the scaffold wants next:
             `None` leaves the choice to the model.
         """
         answers: list[list[int]] = []

@@ -86,10 +86,11 @@ def summary_block(results: Path = RESULTS) -> str:
             ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]["ratio"]
             ranges[launch] = f"{ratios.min():.1f} to {ratios.max():.1f}" if len(ratios) else None
         without = f", and {ranges['eager']} times without one" if ranges["eager"] else ""
-        parts.append(
-            f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ranges['graph']} times as long as one "
-            f"LoRA's in a CUDA graph{without} ([more](#speed))."
-        )
+        if ranges["graph"]:
+            parts.append(
+                f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ranges['graph']} times as long as "
+                f"one LoRA's in a CUDA graph{without} ([more](#speed))."
+            )
     return "\n".join(parts) + "\n" if parts else NO_RESULTS
 
 

@@ -28,7 +28,7 @@ from sacrebleu.metrics import BLEU
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
 
 # A minus counts as a sign only where nothing stands before it: "5-3" holds 5 and 3.
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)])\.\d+)")
 _LEADING = re.compile(
     r"\W*(yes|no)\b(?!-)(?!\W*(?:and|or|/)\W*(?:yes|no)\b)(?!\W*(?!\1\b)(?:yes|no)\b(?!\s+\w))"
 )
@@ -179,7 +179,7 @@ def _yes_or_no(prediction: str, references: list[str], choices: list[str]) -> bo
 def _leading_yes_or_no(text: str) -> str | None:
     """``yes`` or ``no`` if the text begins with that word and does not take it back ("yes and no", "yes, no").
 
-    A sentence that follows may begin with either ("Yes. No dogs are allowed.").
+    Only the next word is looked at: with another word directly behind it ("Yes. No dogs are allowed.") it takes nothing back.
     """
     match = _LEADING.match(text.casefold())
     return match.group(1) if match else None
