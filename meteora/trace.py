@@ -42,10 +42,11 @@ class Trace:
                     f"this trace holds {first[-1]} chosen adapters a token and now {k}; open a new trace for each top-k, "
                     "and for route_to."
                 )
-            if self._steps[name][0][0].shape[-1] != logits.shape[-1]:
+            held, now = self._steps[name][0][0].shape[-1], logits.shape[-1]
+            if held != now:
                 raise ValueError(
-                    f"this trace holds the logits of {self._steps[name][0][0].shape[-1]} adapters, and the model has "
-                    f"{logits.shape[-1]} now; open a new trace after add_adapter."
+                    f"this trace holds the logits of {held} adapters, and the model has {now} now; open a new trace after "
+                    "add_adapter."
                 )
         self._steps[name].append(step)
 

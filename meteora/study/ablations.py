@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_prep.prepare import MANIFEST, load_split
+from data_prep.prepare import MANIFEST, load_split, prepared_tasks
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
 from meteora.adapters import file_sha256, load_adapter
 from meteora.checkpoint import GATES_FILE
@@ -158,8 +158,7 @@ class Ablations:
     @cached_property
     def tasks(self) -> list[str]:
         """The tasks that were prepared, in the profile's order."""
-        manifest = json.loads((self.workspace.data / MANIFEST).read_text(encoding="utf-8"))
-        return list(manifest["tasks"])
+        return prepared_tasks(self.workspace.data)
 
     def examples(self, split: str, count: int | None = None) -> dict[str, list[Example]]:
         """Task -> the first examples of a split."""

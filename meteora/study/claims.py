@@ -48,7 +48,8 @@ def claims_table(metrics: Mapping[str, pd.DataFrame], profile: str) -> pd.DataFr
         ("The gates switch adapters where two tasks meet", "they do (Figure 4)", "04", _switching),
     ):
         found.append((claim, paper, notebook, measure(metrics)))
-    against = f"{label(_ours(metrics))} against LoRA-B" if _ours(metrics) else "MeteoRA against LoRA-B"
+    ours = _ours(metrics)
+    against = f"{'MeteoRA' if ours is None else label(ours)} against LoRA-B"
     composites = [
         (claim, paper, measure(metrics))
         for claim, paper, measure in (

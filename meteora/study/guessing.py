@@ -9,7 +9,6 @@ can do that::
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from data_prep.errors import DataError
-from data_prep.prepare import MANIFEST, load_split
+from data_prep.prepare import load_split, prepared_tasks
 from data_prep.tasks import get_task
 from meteora.study.artifacts import ArtifactError, Workspace
 from meteora.study.examples import prepare_examples
@@ -78,7 +77,7 @@ def better_guess(guessing: pd.DataFrame) -> pd.Series:
 
 def guess(workspace: Workspace) -> pd.DataFrame:
     """The rows for the examples that methods are tested on, once they are prepared."""
-    tasks = json.loads((workspace.data / MANIFEST).read_text(encoding="utf-8"))["tasks"]
+    tasks = prepared_tasks(workspace.data)
     train, tests = ({task: load_split(workspace.data, task, split) for task in tasks} for split in ("train", "test"))
     count = workspace.profile.evaluation.test_samples
     rows = guessing_rows(train, {task: rows[:count] for task, rows in tests.items()})

@@ -143,18 +143,15 @@ def _unsure(ablations: pd.DataFrame) -> str:
         (row.method, row.metric): interval_text(row.value, *((row.low, row.high) if row.metric == "difference" else ()))
         for row in rows.itertuples()
     }
+    pairs = {usual: none_where_unsure(usual) for usual in in_order(rows["method"])}
+    pairs = {usual: method for usual, method in pairs.items() if (method, "accuracy") in values}
+    as_it_is = [f"{label(usual)} {values[usual, 'accuracy']} (difference {values[usual, 'difference']})" for usual in pairs]
     changed = [
         f"{label(usual)} has {values[method, 'accuracy']} then, not {values[usual, 'accuracy']} (difference "
         f"{values[method, 'difference']})"
-        for usual in in_order(rows["method"])
-        if (method := none_where_unsure(usual), "accuracy") in values
+        for usual, method in pairs.items()
     ]
     samples = int(rows.loc[rows["metric"] == "accuracy", "n"].iloc[0])
-    as_it_is = [
-        f"{label(usual)} {values[usual, 'accuracy']} (difference {values[usual, 'difference']})"
-        for usual in in_order(rows["method"])
-        if (none_where_unsure(usual), "accuracy") in values
-    ]
     return (
         f"On all {samples:,} test samples that were prepared, those of the table among them, PEFT has "
         f"{values['peft', 'accuracy']}, {' and '.join(as_it_is)}. If a token gets no adapter in layers whose gate is unsure, "
