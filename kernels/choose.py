@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, overlap_options
-from meteora.kernels.route import largest, sort_keys
+from meteora.kernels.route import choose_of_ref, largest, sort_keys, unsure
 from meteora.kernels.sort import tokens_per_block
 
 LEAST_TILE = 64  # tokens of a block, below which its adapters are not listed: their weights would be read too often
@@ -45,12 +45,12 @@ def most_listed(adapters: int, top_k: int) -> int:
 
 
 def choose_ref(
-    products: Tensor, parts: int, num_adapters: int, top_k: int, temperature: float = 1.0, *, absolute: bool = False
-) -> tuple[Tensor, Tensor]:
+    products: Tensor, parts: int, num_adapters: int, top_k: int, temperature: float = 1.0, *,
+    absolute: bool = False, least_share: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The indices and weights of :func:`choose`, in plain torch."""
     logits = products.sum(0)[:, : parts * num_adapters].unflatten(1, (parts, num_adapters)).sum(1)
-    values, indices = (logits.abs() if absolute else logits).topk(top_k)
-    return indices, torch.softmax(values / temperature, -1)
+    return choose_of_ref(logits, top_k, temperature, absolute=absolute, least_share=least_share)
 
 
 def count_ref(indices: Tensor, adapters: int) -> Tensor:
@@ -91,7 +91,7 @@ def _list(met, n, columned, own, slots_ptr, listed_ptr, MOST: tl.constexpr):
 def _choose(
     p_ptr, index_ptr, weight_ptr, count_ptr, slots_ptr, listed_ptr, T, N, C, columned, blocks, inverse_temperature,
     MOST: tl.constexpr, SPLITS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+    LEAST_SHARE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -110,8 +110,9 @@ def _choose(
             logits += tl.load(row + part * N, mask=inside, other=0.0)
         row += T.to(tl.int64) * C
     keys = sort_keys(logits, n, N, ABSOLUTE)
-    top = tl.max(keys, 1)
+    every, top = keys, tl.max(keys, 1)
     total = tl.zeros((BT,), tl.float32)
+    chosen = tl.zeros((BT,), tl.float32)  # what the chosen exponentials add up to at temperature 1
     indices = tl.zeros((BT, BK), tl.int32)
     weights = tl.zeros((BT, BK), tl.float32)
     met = tl.zeros((BN,), tl.int32)
@@ -119,6 +120,8 @@ def _choose(
         value, index, keys = largest(keys, n, BN)
         weight = tl.exp((value - top) * inverse_temperature)
         total += weight
+        if LEAST_SHARE > 0:
+            chosen += tl.exp(value - top)
         indices = tl.where(slot[None, :] == j, index[:, None], indices)
         weights = tl.where(slot[None, :] == j, weight[:, None], weights)
         counts = _in_block(index, live, n)
@@ -126,10 +129,12 @@ def _choose(
         tl.store(count_ptr + (j * blocks + own) * columned + n, counts, mask=n < columned)
     if MOST:
         _list(met, n, columned, own, slots_ptr, listed_ptr, MOST)
+    if LEAST_SHARE > 0:
+        total = tl.where(unsure(chosen, every, top, LEAST_SHARE), float("inf"), total)  # so that all weights are zero
     weights /= total[:, None]
-    chosen = live[:, None] & (slot < TOP_K)[None, :]
-    tl.store(index_ptr + token[:, None] * TOP_K + slot[None, :], indices, mask=chosen)
-    tl.store(weight_ptr + token[:, None] * TOP_K + slot[None, :], weights, mask=chosen)
+    there = live[:, None] & (slot < TOP_K)[None, :]
+    tl.store(index_ptr + token[:, None] * TOP_K + slot[None, :], indices, mask=there)
+    tl.store(weight_ptr + token[:, None] * TOP_K + slot[None, :], weights, mask=there)
 
 
 def _empty(indices: Tensor, columned: int) -> tuple[Tensor, Lists]:
@@ -143,7 +148,7 @@ def _empty(indices: Tensor, columned: int) -> tuple[Tensor, Lists]:
 
 def choose(
     products: Tensor, parts: int, num_adapters: int, columned: int, top_k: int, temperature: float = 1.0, *,
-    absolute: bool = False,
+    absolute: bool = False, least_share: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Lists]:  # fmt: skip
     """Choose each token's adapters.
 
@@ -162,7 +167,7 @@ def choose(
     _choose[(blocks,)](
         products, indices, weights, counts, lists.slots, lists.adapters, T, num_adapters, C, columned, blocks,
         1 / temperature, MOST=lists.adapters.shape[1], SPLITS=splits, TOP_K=top_k, PARTS=parts, ABSOLUTE=absolute,
-        BT=lists.height, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1), num_warps=8,
+        LEAST_SHARE=least_share, BT=lists.height, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1), num_warps=8,
         **overlap_options(products),
     )  # fmt: skip
     return indices, weights, counts, lists

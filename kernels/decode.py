@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_wait
 from meteora.kernels.expand import expand_ref
 from meteora.kernels.launch import MOST_ADAPTERS, block, cdiv, overlap_options
 from meteora.kernels.packing import gate_parts
-from meteora.kernels.route import largest, route_ref, sort_keys
+from meteora.kernels.route import largest, route_ref, sort_keys, unsure
 
 MOST_COLUMNS = 256  # R, of which a program holds its rows of B in registers
 MOST_OUTPUTS = 2**14  # tokens * out: beyond it B is read too often
@@ -31,18 +31,19 @@ def fits(tokens: int, out_features: int, columns: int) -> bool:
 
 def decode_ref(
     y: Tensor, products: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """What :func:`decode` computes, in plain torch."""
     parts = gate_parts(B.dtype)
-    s = route_ref(products, column_adapter, num_adapters, top_k, temperature, absolute=absolute, parts=parts)[0]
+    options = {"absolute": absolute, "least_share": least_share, "parts": parts}
+    s = route_ref(products, column_adapter, num_adapters, top_k, temperature, **options)[0]
     return expand_ref(y, s, B)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _decode(
     ys, bs, outs, y_strides, b_strides, p_ptr, owner_ptr, T, R, N, C, splits, inverse_temperature,
-    SIBLINGS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
+    SIBLINGS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr, LEAST_SHARE: tl.constexpr,
     BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -75,14 +76,19 @@ def _decode(
         parts += tl.load(row + R + part * N + n[None, :], mask=there & (n < N)[None, :], other=0.0)
     columns = tl.sum(tl.load(row + c[None, :], mask=there & (c < R)[None, :], other=0.0), 0)
     keys = sort_keys(tl.sum(parts, 0)[None, :], n, N, ABSOLUTE)
-    top = tl.max(keys, 1)
+    every, top = keys, tl.max(keys, 1)
     total = tl.zeros((1,), tl.float32)
+    chosen = tl.zeros((1,), tl.float32)  # what the chosen exponentials add up to at temperature 1
     column_weight = tl.zeros((1, BR), tl.float32)
     for _ in tl.range(TOP_K, loop_unroll_factor=2):
         value, index, keys = largest(keys, n, BN)
         weight = tl.exp((value - top) * inverse_temperature)
         total += weight
+        if LEAST_SHARE > 0:
+            chosen += tl.exp(value - top)
         column_weight += tl.where(owner[None, :] == index[:, None], weight[:, None], 0.0)
+    if LEAST_SHARE > 0:
+        total = tl.where(unsure(chosen, every, top, LEAST_SHARE), float("inf"), total)  # so that all weights are zero
     column_weight /= total[:, None]
     s = tl.where(column_weight != 0, columns[None, :] * column_weight, 0.0)
     y += tl.sum(b.to(tl.float32) * s, 1)
@@ -91,7 +97,7 @@ def _decode(
 
 def decode(
     ys: Sequence[Tensor], products: Tensor, Bs: Sequence[Tensor], column_adapter: Tensor, num_adapters: int,
-    top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
+    top_k: int, temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0, early: bool = True,
 ) -> None:  # fmt: skip
     """Route ``products`` as :func:`meteora.kernels.route.route` does, and add their expansion into the outputs.
 
@@ -109,6 +115,7 @@ def decode(
     _decode[(sum(cdiv(out, BO) for out in outs), rows // n)](
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
         products, column_adapter, rows // n, R, num_adapters, C, splits, 1 / temperature,
-        SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, BO=BO, BR=block(R, MOST_COLUMNS),
-        BN=block(num_adapters, MOST_ADAPTERS), BS=block(splits, 64, 1), num_warps=1, **overlap_options(products, early),
+        SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, LEAST_SHARE=least_share,
+        BO=BO, BR=block(R, MOST_COLUMNS), BN=block(num_adapters, MOST_ADAPTERS), BS=block(splits, 64, 1), num_warps=1,
+        **overlap_options(products, early),
     )  # fmt: skip

@@ -57,6 +57,7 @@ class Choice:
     logits: Tensor | None = None
     temperature: float = 1.0
     absolute: bool = False
+    least_share: float = 0.0
     indices: Tensor | None = None
     weights: Tensor | None = None
 
@@ -100,10 +101,11 @@ def fits(tokens: int, column_adapter: Tensor, top_k: int) -> Segments | None:
 
 def gated(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, found: Segments, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
 ) -> None:  # fmt: skip
     """Add the mixture that the gate chooses into y (T, out); arguments as in :func:`meteora.kernels.grouped.gated`."""
-    chosen = choose(x, packed, 1, B.shape[1], found, num_adapters, top_k, temperature, absolute=absolute)
+    options = {"absolute": absolute, "least_share": least_share}
+    chosen = choose(x, packed, 1, B.shape[1], found, num_adapters, top_k, temperature, **options)
     add([y], chosen, [B])
 
 
@@ -115,7 +117,7 @@ def given(y: Tensor, x: Tensor, A: Tensor, B: Tensor, found: Segments, indices: 
 
 def choose(
     x: Tensor, packed: Tensor, n: int, columns: int, found: Segments, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
 ) -> Chosen:  # fmt: skip
     """What n layers that get one input need of it: all of the mixture that is done before their outputs are there.
 
@@ -124,7 +126,7 @@ def choose(
         columns: R, of each.  found: the segments of the R columns, the same in all layers.
     """
     logits = gate(x, packed, n, columns, num_adapters)
-    choice = Choice(top_k, logits, temperature, absolute)
+    choice = Choice(top_k, logits, temperature, absolute, least_share)
     return Chosen(shrink_chosen(x, packed, n, choice, found), choice, found)
 
 
@@ -391,8 +393,8 @@ def _expand_chosen(
     ys, bs, outs, y_strides, b_strides, logit_ptr, index_ptr, weight_ptr, partial_ptr, start_ptr, T, N, COUNT, width,
     inverse_temperature,
     SIBLINGS: tl.constexpr, GIVEN: tl.constexpr, TOP_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
-    ABSOLUTE: tl.constexpr, SPLITS: tl.constexpr, HOLD: tl.constexpr, ALIGNED_BY: tl.constexpr, BO: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
+    ABSOLUTE: tl.constexpr, LEAST_SHARE: tl.constexpr, SPLITS: tl.constexpr, HOLD: tl.constexpr,
+    ALIGNED_BY: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # The tokens' programs of one block of columns follow one another: what they read of B may be the same.
     token, tile = (tl.program_id(0) % T).to(tl.int64), tl.program_id(0) // T
@@ -416,6 +418,8 @@ def _expand_chosen(
     starts, ends = _bounds(start_ptr, COUNT, BN)
     if not GIVEN:
         keys = _keys(logit_ptr, row, T * SIBLINGS, N, GATE_SPLITS, ABSOLUTE, BN)
+        if LEAST_SHARE > 0:
+            least = LEAST_SHARE * tl.sum(tl.exp(keys - tl.max(keys, 0)), 0)  # of the chosen exponentials at temperature 1
     if HOLD:
         weight, other_weight = 1.0, 0.0
         if GIVEN:
@@ -424,6 +428,7 @@ def _expand_chosen(
         else:
             value, index, keys = _largest(keys, BN)
             weight = tl.exp((value - value) * inverse_temperature)  # 1, or NaN
+            chosen = weight
         start, rank = _segment(index, starts, ends, ALIGNED_BY, BN)
         held = tl.load(b + start, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
         if TOP_K == 2:
@@ -433,10 +438,14 @@ def _expand_chosen(
             else:
                 other_value, index, keys = _largest(keys, BN)
                 other_weight = tl.exp((other_value - value) * inverse_temperature)
+                if LEAST_SHARE > 0:
+                    chosen += tl.exp(other_value - value)
                 sum_of_both = weight + other_weight
                 weight, other_weight = weight / sum_of_both, other_weight / sum_of_both
             start, other_rank = _segment(index, starts, ends, ALIGNED_BY, BN)
             other_held = tl.load(b + start, mask=inside[:, None] & (r < other_rank)[None, :], other=0.0)
+        if LEAST_SHARE > 0:
+            weight, other_weight = tl.where(chosen < least, 0.0, weight), tl.where(chosen < least, 0.0, other_weight)
         if OVERLAP:
             gdc_wait()
         products = held.to(tl.float32) * _weighed(partial_ptr, 0, rank, weight, row, width, TOP_K, SPLITS, BR)[None, :]
@@ -447,10 +456,14 @@ def _expand_chosen(
     else:
         if not GIVEN:
             left, top = keys, tl.max(keys, 0)
-            sum_of_all = 0.0
+            sum_of_all, chosen = 0.0, 0.0
             for _ in range(TOP_K):
                 value, index, left = _largest(left, BN)
                 sum_of_all += tl.exp((value - top) * inverse_temperature)
+                if LEAST_SHARE > 0:
+                    chosen += tl.exp(value - top)
+            if LEAST_SHARE > 0:
+                sum_of_all = tl.where(chosen < least, float("inf"), sum_of_all)  # so that all weights are zero
         if OVERLAP:
             gdc_wait()
         for j in range(TOP_K):
@@ -482,7 +495,8 @@ def expand_chosen(
     _expand_chosen[grid](
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
         *choice.pointers(), partial, found.starts, T=T, width=found.widest, inverse_temperature=1 / choice.temperature,
-        SPLITS=partial.shape[2], **options, **choice.options(found), **overlap_options(partial, early),
+        LEAST_SHARE=choice.least_share, SPLITS=partial.shape[2], **options, **choice.options(found),
+        **overlap_options(partial, early),
     )  # fmt: skip
 
 

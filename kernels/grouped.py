@@ -43,7 +43,7 @@ def fits(tokens: int, column_adapter: Tensor, top_k: int) -> Segments | None:
 
 def gated(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, found: Segments, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
 ) -> None:  # fmt: skip
     """Add the mixture that the gate chooses into y (T, out).
 
@@ -55,7 +55,8 @@ def gated(
     for y, x in zip(y.split(MOST_TOKENS), x.split(MOST_TOKENS), strict=True):
         products = shrink(x, packed[R:])
         parts = gate_parts(x.dtype)
-        chosen = choose(products, parts, num_adapters, found.count, top_k, temperature, absolute=absolute)
+        options = {"absolute": absolute, "least_share": least_share}
+        chosen = choose(products, parts, num_adapters, found.count, top_k, temperature, **options)
         _add(y, x, packed, B, found, *chosen)
 
 

@@ -40,13 +40,14 @@ def fits(tokens: int, A: Tensor, B: Tensor, column_adapter: Tensor, top_k: int) 
 
 @on_its_device
 def gated(
-    y: Tensor, x: Tensor, packed: Tensor, B: Tensor, gate: Tensor, found: Segments, top_k: int, temperature: float = 1.0
+    y: Tensor, x: Tensor, packed: Tensor, B: Tensor, gate: Tensor, found: Segments, top_k: int,
+    temperature: float = 1.0, least_share: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """y plus the mixture that the gate (N, in) float32 chooses, differentiable in y, x and gate.
 
     The other arguments are as in :func:`meteora.kernels.grouped.gated`; ``packed`` is what is computed with.
     """
-    return _Gated.apply(y, x, gate, packed, B, found, top_k, temperature)
+    return _Gated.apply(y, x, gate, packed, B, found, top_k, temperature, least_share)
 
 
 @on_its_device
@@ -78,11 +79,11 @@ class _Saved(NamedTuple):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, gate, packed, B, found, top_k, temperature) -> Tensor:
+    def forward(ctx, y, x, gate, packed, B, found, top_k, temperature, least_share) -> Tensor:
         R, N = B.shape[1], len(gate)
         x, packed, B = dense_rows(x), dense_rows(packed), dense_rows(B)
         products = shrink(x, packed[R:])
-        chosen = choose(products, gate_parts(x.dtype), N, found.count, top_k, temperature)
+        chosen = choose(products, gate_parts(x.dtype), N, found.count, top_k, temperature, least_share=least_share)
         out = _forward(ctx, y, x, packed, B, found, N, *chosen[:3])
         ctx.num_adapters, ctx.temperature = N, temperature
         return out
@@ -101,7 +102,7 @@ class _Gated(torch.autograd.Function):
             else:
                 dx = _back_to_x(saved, ds, ctx.found, ctx.whole) if needs_x else None
                 dgate = ds.new_zeros(ctx.num_adapters, saved.x.shape[1], dtype=torch.float32) if needs_gate else None
-        return dy if needs_y else None, dx, dgate, None, None, None, None, None
+        return dy if needs_y else None, dx, dgate, None, None, None, None, None, None
 
 
 def _back_through_gate(

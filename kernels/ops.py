@@ -16,18 +16,17 @@ from meteora.kernels import decode, gathered, grouped
 from meteora.kernels.expand import expand, expand_ref
 from meteora.kernels.launch import dense_rows, on_its_device
 from meteora.kernels.packing import padded
-from meteora.kernels.route import mask, mask_ref, route, route_backward
+from meteora.kernels.route import choose_of_ref, mask, mask_ref, route, route_backward
 from meteora.kernels.shrink import mm_float32, shrink
 
 
 def gated_mix_ref(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, column_adapter: Tensor, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """What :func:`gated_mix` computes, in plain torch and float32 until the end."""
-    logits = x.float() @ gate.float().t()
-    values, indices = (logits.abs() if absolute else logits).topk(top_k)
-    return mix_ref(y, x, A, B, column_adapter, indices, torch.softmax(values / temperature, -1))
+    options = {"absolute": absolute, "least_share": least_share}
+    return mix_ref(y, x, A, B, column_adapter, *choose_of_ref(x.float() @ gate.float().t(), top_k, temperature, **options))
 
 
 def mix_ref(
@@ -50,24 +49,25 @@ def _require_dense_rows(y: Tensor) -> None:
 @on_its_device
 def _gated_mix_inplace(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float, absolute: bool, widest: int,
+    temperature: float, absolute: bool, least_share: float, widest: int,
 ) -> None:  # fmt: skip
     if not x.shape[0] or not column_adapter.shape[0]:
         return
     _require_dense_rows(y)
     x, packed, B = dense_rows(x), dense_rows(packed), dense_rows(B)
+    options = {"absolute": absolute, "least_share": least_share}
     found = grouped.fits(x.shape[0], column_adapter, top_k)
     if found is not None:
-        grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, absolute=absolute)
+        grouped.gated(y, x, packed, B, found, num_adapters, top_k, temperature, **options)
         return
     operands, widest = (column_adapter, num_adapters, top_k, temperature), max(widest, y.shape[1])
-    chosen = choose_siblings(x, packed, 1, widest, *operands, absolute=absolute)
-    add_siblings([y], chosen, [B], *operands, absolute=absolute, widest=widest)
+    chosen = choose_siblings(x, packed, 1, widest, *operands, **options)
+    add_siblings([y], chosen, [B], *operands, **options, widest=widest)
 
 
 def choose_siblings(
     x: Tensor, packed: Tensor, n: int, widest: int, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
 ) -> Tensor | gathered.Chosen:  # fmt: skip
     """What n layers that get one input need of it: all of the mixture that is done before their outputs are there.
 
@@ -80,22 +80,22 @@ def choose_siblings(
         What :func:`add_siblings` takes: (splits, T * n, C) float32 products for `decode`, or s (T * n, R'), or what was
         chosen of many columns.
     """
+    options = {"absolute": absolute, "least_share": least_share}
     found = gathered.fits(len(x), column_adapter, top_k)
     if found is not None:
         columns = column_adapter.shape[0]
-        return gathered.choose(x, packed, n, columns, found, num_adapters, top_k, temperature, absolute=absolute)
+        return gathered.choose(x, packed, n, columns, found, num_adapters, top_k, temperature, **options)
     products = shrink(x, packed, n)
     products = products.view(len(products), -1, len(packed) // n)  # to `route` a token's siblings are tokens in a row
     if decode.fits(len(x), widest, column_adapter.shape[0]):
         return products
-    options = {"absolute": absolute, "dtype": x.dtype}
-    return route(products, column_adapter, num_adapters, top_k, temperature, **options)[0]
+    return route(products, column_adapter, num_adapters, top_k, temperature, **options, dtype=x.dtype)[0]
 
 
 def add_siblings(
     ys: Sequence[Tensor], chosen: Tensor | gathered.Chosen, Bs: Sequence[Tensor], column_adapter: Tensor,
-    num_adapters: int, top_k: int, temperature: float = 1.0, *, absolute: bool = False, early: bool = True,
-    widest: int = 0,
+    num_adapters: int, top_k: int, temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0,
+    early: bool = True, widest: int = 0,
 ) -> None:  # fmt: skip
     """Add the mixtures into the layers' outputs, n times (T, out), after :func:`choose_siblings`.
 
@@ -105,7 +105,7 @@ def add_siblings(
     if isinstance(chosen, gathered.Chosen):
         gathered.add(ys, chosen, Bs, early=early)
     elif chosen.dim() == 3:
-        options = {"absolute": absolute, "early": early}
+        options = {"absolute": absolute, "least_share": least_share, "early": early}
         decode.decode(ys, chosen, Bs, column_adapter, num_adapters, top_k, temperature, **options)
     else:
         expand(ys, chosen, Bs, early=early, widest=widest)
@@ -138,7 +138,7 @@ mix_op_.register_fake(lambda *args: None)
 
 def gated_mix_(
     y: Tensor, x: Tensor, packed: Tensor, B: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int,
-    temperature: float = 1.0, *, absolute: bool = False, widest: int = 0,
+    temperature: float = 1.0, *, absolute: bool = False, least_share: float = 0.0, widest: int = 0,
 ) -> Tensor:  # fmt: skip
     """Add the mixture into y (T, out) and return it; see :func:`gated_mix`.
 
@@ -146,7 +146,7 @@ def gated_mix_(
     """
     # Outside of a compiler the operator's dispatcher is only a detour.
     run = gated_mix_op_ if torch.compiler.is_compiling() or type(x) is not Tensor else _gated_mix_inplace
-    run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute, widest)
+    run(y, x, packed, B, column_adapter, num_adapters, top_k, temperature, absolute, least_share, widest)
     return y
 
 
@@ -166,7 +166,7 @@ def mix_(
 @on_its_device
 def gated_mix(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, packed: Tensor, column_adapter: Tensor, top_k: int,
-    temperature: float,
+    temperature: float, least_share: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y plus the mixture that the gate chooses, differentiable in y, x, A, B and gate.
 
@@ -185,13 +185,14 @@ def gated_mix(
         out.copy_(y)
         return out, y.new_empty(0, padded(R)), y.new_empty(0, top_k, dtype=torch.int32), y.new_empty(0, top_k).float()
     products = shrink(dense_rows(x), packed)
-    s, *kept = route(products, column_adapter, len(gate), top_k, temperature, dtype=B.dtype, keep=True)
+    options = {"least_share": least_share, "dtype": B.dtype, "keep": True}
+    s, *kept = route(products, column_adapter, len(gate), top_k, temperature, **options)
     expand([y], s, [B], [out])
     return out, *kept
 
 
 @gated_mix.register_fake
-def _(y, x, A, B, gate, packed, column_adapter, top_k, temperature):
+def _(y, x, A, B, gate, packed, column_adapter, top_k, temperature, least_share):
     T = x.shape[0] if len(column_adapter) else 0  # len() would tie a compiled graph to this number of tokens
     indices, weights = y.new_empty(T, top_k, dtype=torch.int32), y.new_empty(T, top_k, dtype=torch.float32)
     return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty(T, padded(len(A))), indices, weights
@@ -255,7 +256,7 @@ def _(raw, column_adapter, indices, weights):
 
 
 def _setup_gated(ctx, inputs, output) -> None:
-    _, x, _, B, gate, packed, column_adapter, _, temperature = inputs
+    _, x, _, B, gate, packed, column_adapter, _, temperature, _ = inputs
     _, raw, indices, weights = output
     ctx.mark_non_differentiable(raw, indices, weights)
     ctx.set_materialize_grads(False)  # those three have no gradients, which would be three tensors of zeros
@@ -270,7 +271,7 @@ def _backward_gated(ctx, dy, *_) -> tuple:
     R, N = len(column_adapter), ctx.num_adapters
     if not raw.shape[0]:
         zero = [torch.zeros_like(t) for t in (x, packed[:R], B, packed[:N].float())]
-        return dy, *zero, None, None, None, None
+        return dy, *zero, None, None, None, None, None
     dx = dA = dB = dgate = None
     if needs_x or needs_A or needs_gate:
         # A single choice has the weight 1 whatever its logit: nothing comes back to the gate.
@@ -282,7 +283,7 @@ def _backward_gated(ctx, dy, *_) -> tuple:
             dgate = mm_float32(t[:, R : R + N].t(), x) if gates else x.new_zeros(N, x.shape[1], dtype=torch.float32)
     if needs_B:
         dB = dy.t() @ mask_op(raw, column_adapter, indices, weights)[:, :R]
-    return dy, dx, dA, dB, dgate, None, None, None, None
+    return dy, dx, dA, dB, dgate, None, None, None, None, None
 
 
 def _setup_mix(ctx, inputs, output) -> None:

@@ -18,14 +18,23 @@ from meteora.kernels.packing import gate_parts, padded
 
 def route_ref(
     products: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int, temperature: float = 1.0, *,
-    absolute: bool = False, parts: int = 2,
+    absolute: bool = False, least_share: float = 0.0, parts: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What :func:`route` computes, in plain torch; columns are not padded."""
     summed, R = products.sum(0), len(column_adapter)
     logits = summed[:, R : R + parts * num_adapters].unflatten(1, (parts, num_adapters)).sum(1)
-    values, indices = (logits.abs() if absolute else logits).topk(top_k)
-    weights = torch.softmax(values / temperature, -1)
+    indices, weights = choose_of_ref(logits, top_k, temperature, absolute=absolute, least_share=least_share)
     return mask_ref(summed[:, :R], column_adapter, indices, weights), summed[:, :R], indices, weights
+
+
+def choose_of_ref(
+    logits: Tensor, top_k: int, temperature: float, *, absolute: bool = False, least_share: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The indices and weights (T, k) that logits (T, N) give, in plain torch."""
+    logits = logits.abs() if absolute else logits
+    values, indices = logits.topk(top_k)
+    share = torch.softmax(logits, -1).gather(1, indices).sum(1, keepdim=True)
+    return indices, torch.where(share < least_share, 0, torch.softmax(values / temperature, -1))
 
 
 def mask_ref(raw: Tensor, column_adapter: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -52,11 +61,20 @@ def largest(keys, n, SIZE: tl.constexpr):
     return value, index, tl.where(n[None, :] == index[:, None], float("-inf"), keys)
 
 
+@triton.jit
+def unsure(chosen, keys, top, LEAST_SHARE: tl.constexpr):
+    """Of each row, whether all its keys' exponentials add up to so much that the sum of the ``chosen`` ones is no such share.
+
+    NaN is sure, so that it reaches the output.
+    """
+    return chosen < LEAST_SHARE * tl.sum(tl.exp(keys - top[:, None]), 1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _route(
     p_ptr, owner_ptr, s_ptr, raw_ptr, index_ptr, weight_ptr, T, R, N, C, s_stride, inverse_temperature,
     SPLITS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, GIVEN: tl.constexpr, ABSOLUTE: tl.constexpr,
-    KEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    LEAST_SHARE: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -82,10 +100,11 @@ def _route(
     # First the exponentials of the chosen logits, then, once their sum is known, the weights.
     column_weight = tl.zeros((BT, BR), tl.float32)
     total = tl.zeros((BT,), tl.float32)
+    chosen = tl.zeros((BT,), tl.float32)  # what the chosen exponentials add up to at temperature 1
     indices = tl.zeros((BT, BK), tl.int32)
     weights = tl.zeros((BT, BK), tl.float32)
     keys = sort_keys(logits, n, N, ABSOLUTE)
-    top = tl.max(keys, 1)
+    every, top = keys, tl.max(keys, 1)
     for j in tl.range(TOP_K, loop_unroll_factor=2):
         if GIVEN:
             index = tl.load(index_ptr + token * TOP_K + j, mask=token < T, other=0).to(tl.int32)
@@ -94,10 +113,14 @@ def _route(
             value, index, keys = largest(keys, n, BN)
             weight = tl.exp((value - top) * inverse_temperature)
             total += weight
+            if LEAST_SHARE > 0:
+                chosen += tl.exp(value - top)
             indices = tl.where(slot[None, :] == j, index[:, None], indices)
             weights = tl.where(slot[None, :] == j, weight[:, None], weights)
         column_weight += tl.where(owner[None, :] == index[:, None], weight[:, None], 0.0)
     if not GIVEN:
+        if LEAST_SHARE > 0:
+            total = tl.where(unsure(chosen, every, top, LEAST_SHARE), float("inf"), total)  # so that all weights are zero
         column_weight /= total[:, None]
         weights /= total[:, None]
     # A column whose adapter was not chosen is zero even where its product is infinite.
@@ -108,9 +131,9 @@ def _route(
         tl.store(raw_ptr + token[:, None] * s_stride + c[None, :], columns.to(raw_ptr.dtype.element_ty), mask=inside)
         if not GIVEN:
             if tl.program_id(1) == 0:
-                chosen = live & (slot < TOP_K)[None, :]
-                tl.store(index_ptr + token[:, None] * TOP_K + slot[None, :], indices, mask=chosen)
-                tl.store(weight_ptr + token[:, None] * TOP_K + slot[None, :], weights, mask=chosen)
+                there = live & (slot < TOP_K)[None, :]
+                tl.store(index_ptr + token[:, None] * TOP_K + slot[None, :], indices, mask=there)
+                tl.store(weight_ptr + token[:, None] * TOP_K + slot[None, :], weights, mask=there)
 
 
 def _launch_route(products, column_adapter, s, raw, indices, weights, num_adapters, top_k, parts, temperature, **flags):
@@ -128,7 +151,7 @@ def _launch_route(products, column_adapter, s, raw, indices, weights, num_adapte
 
 def route(
     products: Tensor, column_adapter: Tensor, num_adapters: int, top_k: int, temperature: float = 1.0, *,
-    absolute: bool = False, dtype: torch.dtype, keep: bool = False,
+    absolute: bool = False, least_share: float = 0.0, dtype: torch.dtype, keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Choose each token's adapters, and weight its columns.
 
@@ -137,6 +160,7 @@ def route(
             columns of the adapters, then one or two parts of N gate columns whose sum is the logits, then padding.
         column_adapter: (R,), the adapter that owns each column.
         absolute: compare and weigh the logits' absolute values.
+        least_share: of a softmax over all logits, below which the chosen weigh nothing (:func:`meteora.gating.route`).
         keep: also return what the backward pass needs.
 
     Returns:
@@ -153,7 +177,7 @@ def route(
     indices, weights = empty((kept, top_k), dtype=torch.int32), empty((kept, top_k))
     _launch_route(
         products, column_adapter, s, raw, indices, weights, num_adapters, top_k, gate_parts(dtype), temperature,
-        GIVEN=False, ABSOLUTE=absolute, KEEP=keep,
+        GIVEN=False, ABSOLUTE=absolute, LEAST_SHARE=least_share, KEEP=keep,
     )  # fmt: skip
     return s, raw, indices, weights
 
@@ -172,7 +196,7 @@ def mask(
     indices, weights = indices.contiguous(), weights.contiguous()
     _launch_route(
         products, column_adapter, s, raw, indices, weights, 1, indices.shape[1], 1, 1.0,
-        GIVEN=True, ABSOLUTE=False, KEEP=keep,
+        GIVEN=True, ABSOLUTE=False, LEAST_SHARE=0.0, KEEP=keep,
     )  # fmt: skip
     return s, raw
 

@@ -71,8 +71,7 @@ class MeteoraConfig:
         backend: ``loop``, ``bmm``, ``dense``, ``triton``, or ``auto`` for the fastest there is on the device.
         absolute_logits: choose by the logits' absolute values, as training-free gates must (:mod:`meteora.arrow`).
         least_share: of a softmax over *all* adapters, at temperature 1, that the chosen must have together; a token whose
-            gate is less sure gets no adapter in that layer (not in the paper). 0: it always gets them. On a GPU the gate
-            is then computed apart from the kernels that mix, which takes some launches more.
+            gate is less sure gets no adapter in that layer (not in the paper). 0: it always gets them.
     """
 
     top_k: int | None = None

@@ -91,7 +91,7 @@ class MixtureState:
     @property
     def watched(self) -> bool:
         """Whether anybody but the kernels wants the gates' logits, or chooses in their place."""
-        others = self.forced is not None or self.router is not route or self.least_share > 0
+        others = self.forced is not None or self.router is not route
         return others or self.trace is not None or self.gate_observer is not None
 
 
@@ -229,7 +229,8 @@ class MeteoraLinear(nn.Module):
                 self.warn_once()
                 gate, owner = self.gate.weight, self.column_adapter
                 packed = self.packed_weights(lora_A, gate, A.dtype)
-                options = {"absolute": state.absolute_logits, "packed": packed, "widest": self.widest}
+                options = {"absolute": state.absolute_logits, "least_share": state.least_share}
+                options |= {"packed": packed, "widest": self.widest}
                 mixed = gated_mix(flat, tokens, A, B, gate, owner, state.top_k, state.temperature, **options)
             else:
                 routing = self._routing(x, tokens)

@@ -169,6 +169,7 @@ class Siblings:
             state.top_k,
             state.temperature,
             absolute=state.absolute_logits,
+            least_share=state.least_share,
         )
         outputs = {sibling: y.view(*x.shape[:-1], -1) for sibling, y in zip(layers, ys, strict=True)}
         result = outputs.pop(layer)
@@ -230,7 +231,8 @@ def _circumstances(x: Tensor, state: MixtureState) -> tuple:
     """What, besides the weights and which tensor x is, must not have changed when an output is taken."""
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     version = None if x.is_inference() else x._version
-    return version, stream, state.top_k, state.temperature, state.absolute_logits, state.backend
+    settings = state.top_k, state.temperature, state.absolute_logits, state.least_share, state.backend
+    return version, stream, *settings
 
 
 def _plain(layer: MeteoraLinear) -> bool:

@@ -37,6 +37,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 NAMES = ("y", "x", "A", "B", "gate")
+UNSURE = 0.9  # of a softmax: what the chosen must have
+LEAST = st.sampled_from([0.0, 0.3, 0.7, 0.99])
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
@@ -99,10 +101,12 @@ SHAPES = [
 @pytest.mark.parametrize("tokens, features, out, ranks, k", SHAPES)
 def test_gated_mix_is_the_reference(tokens, features, out, ranks, k, dtype):
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
-    expected = ops.gated_mix_ref(y.float(), x.float(), A.float(), B.float(), gate, owner, k, 1.5)
-    result = ops.gated_mix_(y, x, pack(A, gate), B, owner, len(ranks), k, 1.5)
-    assert result.data_ptr() == y.data_ptr()
-    close(result, expected, dtype)
+    for least in (UNSURE, 0.0):
+        expected = ops.gated_mix_ref(y.float(), x.float(), A.float(), B.float(), gate, owner, k, 1.5, least_share=least)
+        target = y.clone()
+        result = ops.gated_mix_(target, x, pack(A, gate), B, owner, len(ranks), k, 1.5, least_share=least)
+        assert result.data_ptr() == target.data_ptr()
+        close(result, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,9 +117,9 @@ def test_every_gradient_of_gated_mix(tokens, features, out, ranks, k, dtype):
     exact = [t.clone().float().requires_grad_() for t in operands]
     packed = pack(operands[2], operands[4])
     upstream = torch.randn(tokens, out, device=DEVICE)
-    result = ops.gated_mix(*leaves, packed, owner, k, 0.7)[0]
+    result = ops.gated_mix(*leaves, packed, owner, k, 0.7, UNSURE)[0]
     result.backward(upstream.to(dtype))
-    ops.gated_mix_ref(*exact, owner, k, 0.7).backward(upstream)
+    ops.gated_mix_ref(*exact, owner, k, 0.7, least_share=UNSURE).backward(upstream)
     for name, leaf, reference in zip(NAMES, leaves, exact, strict=True):
         if name == "gate" and k == 1:
             assert torch.equal(leaf.grad, torch.zeros_like(leaf)), "one choice has the weight 1 whatever its logit"
@@ -142,17 +146,15 @@ def test_every_gradient_of_a_given_routing(tokens, features, out, ranks, k, dtyp
 
 @given(
     st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.lists(st.integers(0, 20), min_size=1, max_size=12),
-    st.data(), st.floats(0.2, 20), st.booleans(), st.booleans(), st.integers(0, 2**16),
+    st.data(), st.floats(0.2, 20), st.booleans(), st.booleans(), LEAST, st.integers(0, 2**16),
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)
-def test_any_shape(tokens, features, out, ranks, data, temperature, shuffle, absolute, seed):
+def test_any_shape(tokens, features, out, ranks, data, temperature, shuffle, absolute, least, seed):
     k = data.draw(st.integers(1, len(ranks)))
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, seed=seed, shuffle=shuffle)
-    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, absolute=absolute)
-    result = ops.gated_mix_(
-        y, x, pack(A, gate), B, owner, len(ranks), k, temperature, absolute=absolute
-    )
-    close(result, expected)
+    options = {"absolute": absolute, "least_share": least}
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, **options)
+    close(ops.gated_mix_(y, x, pack(A, gate), B, owner, len(ranks), k, temperature, **options), expected)
 
 
 def siblings_of(tokens, features, outs, ranks, dtype=torch.float32, seed=0, shuffle=False):
@@ -163,10 +165,10 @@ def siblings_of(tokens, features, outs, ranks, dtype=torch.float32, seed=0, shuf
     return ys, found[0][1], As, Bs, gates, owner
 
 
-def check_siblings(operands, k, temperature, dtype, *, absolute=False, early=True):
+def check_siblings(operands, k, temperature, dtype, *, absolute=False, least=0.0, early=True):
     """As the reference, and, up to where cuBLAS multiplies, to the bit what each layer gets for itself."""
     ys, x, As, Bs, gates, owner = operands
-    N, options, widest = len(gates[0]), {"absolute": absolute}, max(map(len, Bs))
+    N, options, widest = len(gates[0]), {"absolute": absolute, "least_share": least}, max(map(len, Bs))
     packs, expected, alone = [pack(*each) for each in zip(As, gates, strict=True)], [], []
     for y, A, B, gate, packed in zip(ys, As, Bs, gates, packs, strict=True):
         exact = [t.float() for t in (y, x, A, B)]
@@ -206,13 +208,13 @@ def test_a_narrow_sibling_alone_is_cut_as_beside_a_wide_one(dtype, monkeypatch):
 @given(
     st.integers(1, 70), st.integers(1, 70), st.lists(st.integers(1, 70), min_size=1, max_size=3),
     st.lists(st.integers(0, 20), min_size=1, max_size=12).filter(any), st.data(), st.floats(0.2, 20), st.booleans(),
-    st.booleans(), st.integers(0, 2**16),
+    st.booleans(), LEAST, st.integers(0, 2**16),
 )  # fmt: skip
 @settings(max_examples=20, deadline=None)
-def test_siblings_of_any_shape(tokens, features, outs, ranks, data, temperature, shuffle, absolute, seed):
+def test_siblings_of_any_shape(tokens, features, outs, ranks, data, temperature, shuffle, absolute, least, seed):
     k = data.draw(st.integers(1, len(ranks)))
     operands = siblings_of(tokens, features, outs, ranks, seed=seed, shuffle=shuffle)
-    check_siblings(operands, k, temperature, torch.float32, absolute=absolute)
+    check_siblings(operands, k, temperature, torch.float32, absolute=absolute, least=least)
 
 
 @needs_gpu
@@ -228,7 +230,7 @@ def test_siblings_in_a_graph(tokens, outs):
         results = []
         for (_, x, _, Bs, _, owner), packed, Ws in zip(found, packs, weights, strict=True):
             base = lambda x=x, Ws=Ws: [x @ W.t() for W in Ws]
-            results += backend.gated_mixes(base, x, packed, Bs, owner, 28, 2, 1.0, absolute=False)
+            results += backend.gated_mixes(base, x, packed, Bs, owner, 28, 2, 1.0, absolute=False, least_share=0.0)
         return results
 
     step()
@@ -254,15 +256,17 @@ def test_shrink(tokens, features, columns, dtype):
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_route_and_its_way_back(splits, parts):
+@pytest.mark.parametrize("least", [0.0, 0.95])
+def test_route_and_its_way_back(splits, parts, least):
     dtype = torch.float32 if parts == 1 else torch.float16
     assert gate_parts(dtype) == parts
     ranks, k, tokens = [8, 0, 3, 5, 1], 3, 37
     owner = torch.cat([torch.full((rank,), n) for n, rank in enumerate(ranks)]).to(DEVICE)
     R, N = len(owner), len(ranks)
     products = torch.randn(splits, tokens, padded(R + parts * N), device=DEVICE)
-    s, raw, indices, weights = route.route(products, owner, N, k, 0.5, dtype=dtype, keep=True)
-    wanted = route.route_ref(products, owner, N, k, 0.5, parts=parts)
+    s, raw, indices, weights = route.route(products, owner, N, k, 0.5, least_share=least, dtype=dtype, keep=True)
+    wanted = route.route_ref(products, owner, N, k, 0.5, least_share=least, parts=parts)
+    assert 0 < (wanted[3].sum(1) == 0).sum() < tokens or not least
     assert torch.equal(indices.long(), wanted[2])
     close(weights, wanted[3])
     for actual, expected in ((s, wanted[0]), (raw, wanted[1])):
@@ -294,13 +298,14 @@ def test_expand(tokens, out, R, dtype):
 
 @pytest.mark.parametrize("splits", [1, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_decode(splits, dtype):
+@pytest.mark.parametrize("least", [0.0, 0.9])
+def test_decode(splits, dtype, least):
     ranks = [8, 3, 0, 8]
     y, x, A, B, gate, owner = problem(3, 40, 50, ranks, dtype)
     packed = pack(A, gate)
     products = torch.randn(splits, 3, len(packed), device=DEVICE)
-    expected = decode.decode_ref(y, products, B, owner, len(ranks), 2, 2.0)
-    decode.decode([y], products, [B], owner, len(ranks), 2, 2.0)
+    expected = decode.decode_ref(y, products, B, owner, len(ranks), 2, 2.0, least_share=least)
+    decode.decode([y], products, [B], owner, len(ranks), 2, 2.0, least_share=least)
     close(y, expected, dtype)
 
 
@@ -343,7 +348,7 @@ def test_no_tokens_and_no_columns():
         before, packed = y.clone(), pack(A, gate)
         leaves = [t.clone().requires_grad_() for t in (y, x, A, B, gate)]
         assert torch.equal(ops.gated_mix_(y, x, packed, B, owner, 2, 1), before)
-        result = ops.gated_mix(*leaves, packed, owner, 1, 1.0)[0]
+        result = ops.gated_mix(*leaves, packed, owner, 1, 1.0, 0.0)[0]
         assert torch.equal(result, before)
         result.sum().backward()
         assert not any(leaf.grad.any() for leaf in leaves[1:])
@@ -378,10 +383,10 @@ def test_opcheck():
     packed = pack(A, gate)
     indices, weights = routing_of(8, 3, 2)
     operators = torch.ops.meteora
-    torch.library.opcheck(operators.gated_mix_, (y, x, packed, B, owner, 3, 2, 1.0, False, 0))
+    torch.library.opcheck(operators.gated_mix_, (y, x, packed, B, owner, 3, 2, 1.0, False, 0.5, 0))
     torch.library.opcheck(operators.mix_, (y, x, A, B, owner, indices, weights))
     leaves = [t.requires_grad_() for t in (y, x, A, B, gate)]
-    torch.library.opcheck(operators.gated_mix, (*leaves, packed, owner, 2, 1.0))
+    torch.library.opcheck(operators.gated_mix, (*leaves, packed, owner, 2, 1.0, 0.5))
     torch.library.opcheck(operators.mix, (*leaves[:4], owner, indices, weights.requires_grad_()))
 
 
@@ -394,7 +399,7 @@ def test_operands_may_lie_in_any_order_but_what_is_added_to():
     packed = pack(other_a, gate)
     across = y.t().contiguous().t()
     close(ops.gated_mix_(y.clone(), x, packed.t().contiguous().t(), other_b, owner, 3, 2), chosen)
-    close(ops.gated_mix(across, x, other_a, other_b, gate, packed, owner, 2, 1.0)[0], chosen)
+    close(ops.gated_mix(across, x, other_a, other_b, gate, packed, owner, 2, 1.0, 0.0)[0], chosen)
     close(ops.mix_(y.clone(), x, other_a, other_b, owner, indices, weights), given)
     close(ops.mix(across, x, other_a, other_b, owner, indices, weights)[0], given)
     for call in (
@@ -405,7 +410,7 @@ def test_operands_may_lie_in_any_order_but_what_is_added_to():
     with pytest.raises(ValueError, match=r"so its rows overlap"):
         ops.mix_(y[0].expand_as(y), x, A, B, owner, indices, weights)
     leaves = [t.requires_grad_() for t in (across, x, other_a, other_b, gate)]
-    torch.library.opcheck(torch.ops.meteora.gated_mix, (*leaves, packed.detach(), owner, 2, 1.0))
+    torch.library.opcheck(torch.ops.meteora.gated_mix, (*leaves, packed.detach(), owner, 2, 1.0, 0.0))
     torch.library.opcheck(torch.ops.meteora.mix, (*leaves[:4], owner, indices, weights))
 
 
@@ -452,7 +457,7 @@ def test_compiled_once_for_all_numbers_of_tokens():
 
     @torch.compile(fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=counting, bw_compiler=counting))
     def chosen(y, x, A, B, gate, packed, owner):
-        return ops.gated_mix(y, x, A, B, gate, packed, owner, 2, 1.0)[0].sin()
+        return ops.gated_mix(y, x, A, B, gate, packed, owner, 2, 1.0, 0.0)[0].sin()
 
     for tokens in (8, 24, 40):
         y, x, A, B, gate, owner = problem(tokens, 16, 16, [4, 4, 4])
@@ -561,10 +566,13 @@ def test_tiles_at_their_bound():
 
 
 @pytest.mark.parametrize("parts, splits, absolute", [(1, 1, False), (2, 3, True)])
-def test_choose(parts, splits, absolute):
+@pytest.mark.parametrize("least", [0.0, 0.7])
+def test_choose(parts, splits, absolute, least):
     products = torch.randn(splits, 100, padded(parts * 9), device=DEVICE)
-    indices, weights, counts, lists = choose.choose(products, parts, 9, 7, 3, 0.5, absolute=absolute)
-    expected = choose.choose_ref(products, parts, 9, 3, 0.5, absolute=absolute)
+    options = {"absolute": absolute, "least_share": least}
+    indices, weights, counts, lists = choose.choose(products, parts, 9, 7, 3, 0.5, **options)
+    expected = choose.choose_ref(products, parts, 9, 3, 0.5, **options)
+    assert 0 < (expected[1].sum(1) == 0).sum() < 100 or not least
     assert torch.equal(indices.long(), expected[0])
     close(weights, expected[1])
     assert torch.equal(counts, choose.count_ref(indices, 7))
@@ -611,10 +619,10 @@ def test_grouped_is_the_reference(tokens, features, out, ranks, k, dtype, each, 
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
     exact = [tensor.float().clone() for tensor in (y, x, A, B)]
     packed, found = pack(A, gate), segments(owner)
-    for absolute in (False, True):
-        result = y.clone()
-        grouped.gated(result, x, packed, B, found, len(ranks), k, 1.5, absolute=absolute)
-        close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5, absolute=absolute), dtype)
+    for absolute, least in ((False, UNSURE), (True, 0.0)):
+        result, options = y.clone(), {"absolute": absolute, "least_share": least}
+        grouped.gated(result, x, packed, B, found, len(ranks), k, 1.5, **options)
+        close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5, **options), dtype)
     indices, weights = routing_of(tokens, len(ranks), k)
     grouped.given(y, x, A, B, found, indices, weights)
     close(y, ops.mix_ref(*exact, owner, indices, weights), dtype)
@@ -663,7 +671,7 @@ def test_the_grouped_operators_are_operators(grouped_at_any_size):
     y, x, A, B, gate, owner = problem(20, 16, 16, [4] * 9)
     packed = pack(A, gate)
     indices, weights = routing_of(20, 9, 2)
-    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False, 0))
+    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False, 0.0, 0))
     torch.library.opcheck(torch.ops.meteora.mix_, (y, x, A, B, owner, indices, weights))
     assert grouped_at_any_size
 
@@ -718,8 +726,8 @@ def test_every_gradient_of_grouped(tokens, features, out, ranks, k, dtype):
     B, upstream = B.t().contiguous().t(), torch.randn(out, tokens, device=DEVICE).t()  # strides that kernels do not read
     leaves, exact = ([t.clone().to(d).requires_grad_() for t in (y, x)] for d in (dtype, torch.float32))
     gates = [gate.clone().requires_grad_() for _ in range(2)]
-    result = grouped_training.gated(*leaves, pack(A, gate), B, gates[0], segments(owner), k, 0.7)
-    expected = ops.gated_mix_ref(*exact, A.float(), B.float(), gates[1], owner, k, 0.7)
+    result = grouped_training.gated(*leaves, pack(A, gate), B, gates[0], segments(owner), k, 0.7, UNSURE)
+    expected = ops.gated_mix_ref(*exact, A.float(), B.float(), gates[1], owner, k, 0.7, least_share=UNSURE)
     close(result, expected, dtype)
     result.backward(upstream.to(dtype))
     expected.backward(upstream)
@@ -1105,10 +1113,10 @@ def test_gathered_is_the_reference(tokens, features, out, ranks, k, dtype):
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, dtype)
     exact = [tensor.float().clone() for tensor in (y, x, A, B)]
     packed, found = pack(A, gate), segments(owner)
-    for absolute in (False, True):
-        result = y.clone()
-        gathered.gated(result, x, packed, B, found, len(ranks), k, 1.5, absolute=absolute)
-        close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5, absolute=absolute), dtype)
+    for absolute, least in ((False, UNSURE), (True, 0.0)):
+        result, options = y.clone(), {"absolute": absolute, "least_share": least}
+        gathered.gated(result, x, packed, B, found, len(ranks), k, 1.5, **options)
+        close(result, ops.gated_mix_ref(*exact, gate, owner, k, 1.5, **options), dtype)
     indices, weights = routing_of(tokens, len(ranks), k)
     expected = ops.mix_ref(*exact, owner, indices, weights)
     gathered.given(y, x, A, B, found, indices.int() if tokens % 2 else indices, weights)
@@ -1124,8 +1132,8 @@ def test_each_kernel_of_gathered_is_its_reference(tokens, features, out, ranks, 
     packed, found, N = torch.cat([pack(*each) for each in zip(As, gates, strict=True)]), segments(owner), len(ranks)
     logits = gathered.gate(x, packed, layers, len(owner), N)
     close(logits.sum(0), gathered.gate_ref(x, packed, layers, len(owner), N)[0], torch.float32, 3)
-    indices, weights = choose.choose_ref(logits, 1, N, k, 0.5)
-    choice = gathered.Choice(k, logits, 0.5)
+    indices, weights = choose.choose_ref(logits, 1, N, k, 0.5, least_share=UNSURE)
+    choice = gathered.Choice(k, logits, 0.5, least_share=UNSURE)
     partial = gathered.shrink_chosen(x, packed, layers, choice, found)
     there = torch.arange(found.widest) < torch.tensor(ranks)[indices.cpu()].unsqueeze(-1).unsqueeze(-1)
     assert partial[there.expand(partial.shape).to(DEVICE)].isfinite().all(), "all that is needed is written"
@@ -1140,14 +1148,15 @@ def test_each_kernel_of_gathered_is_its_reference(tokens, features, out, ranks, 
 @given(
     st.integers(1, 5), st.integers(1, 600), st.integers(1, 40),
     st.lists(st.sampled_from([0, 1, 3, 8, 20, 64]), min_size=1, max_size=6).filter(any), st.data(),
-    st.floats(0.2, 20), st.booleans(), st.integers(0, 2**16),
+    st.floats(0.2, 20), st.booleans(), LEAST, st.integers(0, 2**16),
 )  # fmt: skip
 @settings(max_examples=8, deadline=None)
-def test_gathered_of_any_shape(tokens, features, out, ranks, data, temperature, absolute, seed):
+def test_gathered_of_any_shape(tokens, features, out, ranks, data, temperature, absolute, least, seed):
     k = data.draw(st.integers(1, len(ranks)))
     y, x, A, B, gate, owner = problem(tokens, features, out, ranks, seed=seed)
-    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, absolute=absolute)
-    gathered.gated(y, x, pack(A, gate), B, segments(owner), len(ranks), k, temperature, absolute=absolute)
+    options = {"absolute": absolute, "least_share": least}
+    expected = ops.gated_mix_ref(y, x, A, B, gate, owner, k, temperature, **options)
+    gathered.gated(y, x, pack(A, gate), B, segments(owner), len(ranks), k, temperature, **options)
     close(y, expected)
 
 
@@ -1159,6 +1168,24 @@ def test_gathered_where_all_logits_are_alike(k):
     expected = ops.mix_ref(y, x, A, B, owner, indices, weights)
     gathered.gated(y, x, pack(A, torch.zeros_like(gate)), B, segments(owner), 6, k)
     close(y, expected)
+
+
+@pytest.mark.parametrize("way", [None, "gathered_at_any_size", "grouped_at_any_size"])
+@pytest.mark.parametrize("tokens, ranks, k", [(2, [8] * 9, 2), (10, [1] * 40, 3), (9, [64] * 12, 1), (9, [64] * 12, 2)])
+def test_unsure_tokens_get_nothing_by_any_way(tokens, ranks, k, way, request):
+    """What they are depends on no temperature; others get what they ever do, to the bit; NaN is no doubt."""
+    calls = [None] if way is None else request.getfixturevalue(way)
+    y, x, A, B, gate, owner = problem(tokens, 48, 40, ranks)
+    x[0] = 0  # all logits are alike
+    gate[0] = 100 * x[1]
+    operands = (x, pack(A, gate), B, owner, len(ranks), k)
+    for temperature in (0.1, 1.0, 50.0):
+        usual, found = (ops.gated_mix_(y.clone(), *operands, temperature, least_share=least) for least in (0.0, 0.6))
+        shares = torch.softmax(x.double() @ gate.double().t(), -1).topk(k).values.sum(1)
+        assert ((shares - 0.6).abs() > 1e-4).all() and shares[0] < 0.6 < shares[1]
+        assert torch.equal(found, torch.where((shares < 0.6).unsqueeze(1), y, usual))
+    x[0] = torch.nan
+    assert torch.isnan(ops.gated_mix_(y.clone(), *operands, 1.0, least_share=0.6)[0]).all() and calls
 
 
 @pytest.fixture
@@ -1208,7 +1235,7 @@ def test_the_gathered_operators_are_operators(gathered_at_any_size):
     y, x, A, B, gate, owner = problem(4, 16, 16, [4] * 9)
     packed = pack(A, gate)
     indices, weights = routing_of(4, 9, 2)
-    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False, 0))
+    torch.library.opcheck(torch.ops.meteora.gated_mix_, (y, x, packed, B, owner, 9, 2, 1.0, False, 0.0, 0))
     torch.library.opcheck(torch.ops.meteora.mix_, (y, x, A, B, owner, indices, weights))
     assert gathered_at_any_size
 

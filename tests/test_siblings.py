@@ -67,7 +67,10 @@ def test_other_adapters_in_each_layer_make_no_siblings(tiny_llama, mixed_adapter
 
 @pytest.mark.parametrize(
     "batch, length, settings",
-    [(1, 1, {}), (3, 1, {"top_k": 1}), (2, 9, {"temperature": 4.0}), (5, 3, {"absolute_logits": True})],
+    [
+        (1, 1, {}), (3, 1, {"top_k": 1}), (2, 9, {"temperature": 4.0}), (5, 3, {"absolute_logits": True}),
+        (2, 4, {"least_share": 0.7}),
+    ],  # fmt: skip
 )
 @torch.no_grad()
 def test_outputs_are_to_the_bit_those_of_separate_layers(model, core, calls, batch, length, settings):
@@ -159,6 +162,7 @@ def changes(model):
     return [
         lambda: model.set_top_k(1),
         lambda: model.set_temperature(3.0),
+        lambda: model.set_least_share(0.8),
         lambda: setattr(state, "absolute_logits", True),
         lambda: setattr(state, "enabled", False),
         lambda: model.set_backend("dense"),
@@ -170,7 +174,7 @@ def changes(model):
     ]
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(11))
 @torch.no_grad()
 def test_a_setting_or_weight_that_changes_between_siblings_is_seen(model, number):
     change = changes(model)[number]

@@ -82,6 +82,7 @@ def gated_mix(
     temperature: float = 1.0,
     *,
     absolute: bool = False,
+    least_share: float = 0.0,
     packed: Tensor | None = None,
     widest: int = 0,
 ) -> Tensor:
@@ -91,6 +92,7 @@ def gated_mix(
 
     Args:
         absolute: choose by the logits' absolute values; not where the gate's gradient is needed.
+        least_share: of a softmax over all logits, below which the chosen weigh nothing (:func:`meteora.gating.route`).
         packed: ``meteora.kernels.packing.pack(A, gate)``, for callers that keep it; otherwise it is made in each call.
         widest: the largest out of the layers that get x: without gradients, the bits are those of `gated_mixes` then,
             up to 64 tokens.
@@ -107,9 +109,9 @@ def gated_mix(
             raise ValueError("gates that choose by absolute logits have no gradient here; use another backend.")
         found = grouped_training.fits(len(x), A, B, column_adapter, top_k)
         if found is not None:
-            return grouped_training.gated(y, x, packed, B, gate, found, top_k, temperature)
-        return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature)[0]
-    options = {"absolute": absolute, "widest": widest}
+            return grouped_training.gated(y, x, packed, B, gate, found, top_k, temperature, least_share)
+        return ops.gated_mix(y, x, A, B, gate, packed, column_adapter, top_k, temperature, least_share)[0]
+    options = {"absolute": absolute, "least_share": least_share, "widest": widest}
     return ops.gated_mix_(y, x, packed, B, column_adapter, len(gate), top_k, temperature, **options)
 
 
@@ -132,6 +134,7 @@ def gated_mixes(
     temperature: float,
     *,
     absolute: bool,
+    least_share: float,
 ) -> list[Tensor]:
     """`gated_mix` of n layers that get the same x (T, in), T > 0, and have the same ``column_adapter``.
 
@@ -144,6 +147,7 @@ def gated_mixes(
     _check_dtype(x)
     _check_adapters(num_adapters)
     operands = (column_adapter, num_adapters, top_k, temperature)
+    options = {"absolute": absolute, "least_share": least_share}
     # In a CUDA graph, what needs x alone is a branch that runs while the base layers do. Outside, starting a branch
     # takes the CPU longer than the GPU could gain. What the branch allocates is not used anew before this is over, as
     # the next branch begins with a wait for it.
@@ -151,12 +155,12 @@ def gated_mixes(
     if branch is not None:
         branch.wait_stream(torch.cuda.current_stream(x.device))
     with nullcontext() if branch is None else torch.cuda.stream(branch):
-        chosen = ops.choose_siblings(x, packed, len(Bs), max(map(len, Bs)), *operands, absolute=absolute)
+        chosen = ops.choose_siblings(x, packed, len(Bs), max(map(len, Bs)), *operands, **options)
     ys = base()
     if branch is not None:
         torch.cuda.current_stream(x.device).wait_stream(branch)
     # Not early without a branch either: a graph is to hold kernels that were loaded before it was recorded.
-    ops.add_siblings(ys, chosen, Bs, *operands, absolute=absolute, early=False)
+    ops.add_siblings(ys, chosen, Bs, *operands, **options, early=False)
     return ys
 
 
