@@ -11,7 +11,7 @@ streaming and the rest are the server's.
 
 import argparse
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager
 
@@ -49,9 +49,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cpu", help="such as cuda")
     options = parser.parse_args()
-    base = AutoModelForCausalLM.from_pretrained(options.base, dtype="auto").to(options.device)
-    model = MeteoraModel.from_pretrained(base, options.checkpoint)
-    serve(model, AutoTokenizer.from_pretrained(options.base), host=options.host, port=options.port)
+    try:
+        model = MeteoraModel.from_pretrained(options.base, options.checkpoint).to(options.device)
+        tokenizer = AutoTokenizer.from_pretrained(options.base)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last is torch's, of a device that is none
+        parser.error(str(error))
+    serve(model, tokenizer, host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

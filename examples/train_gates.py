@@ -13,7 +13,7 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from meteora import GateTrainingConfig, MeteoraModel, train_gates
 
@@ -42,10 +42,13 @@ def read_settings(given: list[str]) -> dict:
 def read_rows(file: Path) -> list[dict]:
     """The rows of a file of one JSON object a line; empty lines count for nothing."""
     rows = []
-    with open(file, encoding="utf-8") as lines:  # not str.splitlines, which cuts at characters that JSON may hold
+    with open(file, "rb") as lines:  # not str.splitlines, which cuts at characters that JSON may hold
         for number, line in enumerate(lines, start=1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin a file with a mark
+                rows += [json.loads(text)] if text.strip() else []
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}, line {number} is not UTF-8 ({error}); save the file as UTF-8") from error
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is not JSON ({error}); each line must be one row") from error
     return rows
@@ -68,13 +71,11 @@ def main() -> None:
     try:
         config = GateTrainingConfig(objective=options.objective, **read_settings(options.set))
         rows = read_rows(Path(options.data))
-    except (ValueError, OSError) as error:
+        model = MeteoraModel.from_adapters(options.base, options.adapters)
+        tokenizer = AutoTokenizer.from_pretrained(options.base)
+        history = train_gates(model, rows, config, tokenizer=tokenizer, output_dir=options.output)
+    except (ValueError, OSError) as error:  # each says what is wrong, and the mend
         parser.error(str(error))
-
-    base = AutoModelForCausalLM.from_pretrained(options.base, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
-    model = MeteoraModel.from_adapters(base, options.adapters)
-    history = train_gates(model, rows, config, tokenizer=tokenizer, output_dir=options.output)
     logging.info("gate loss %.4f -> %.4f", history[0]["gate_loss"], history[-1]["gate_loss"])
 
 

@@ -130,6 +130,10 @@ def _encode_rows(
                 f"row {n} of the dataset is a {type(row).__name__}; the dataset must be a list of rows, each a dict "
                 "with prompt, response, task."
             )
+        for key in ("turns", "segments"):
+            parts = row.get(key, [])
+            if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+                raise ValueError(f"row {n} of the dataset has {key}={parts!r}; it must be a list of dicts.")
     turns = {n: row.get("turns", [row]) for n, row in enumerate(rows, first) if "segments" not in row}
     tasks = []
     for n, of_row in turns.items():

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from meteora.adapters import (
@@ -81,6 +81,12 @@ def _check_settings(saved: dict, file: Path) -> None:
     unknown = sorted(set(saved["config"]) - {field.name for field in fields(MeteoraConfig)})
     if unknown:
         raise AdapterError(f"{file} has a setting that is unknown here, config[{unknown[0]!r}]; update meteora.")
+    try:
+        MeteoraConfig(**saved["config"])
+    except ValueError as error:
+        raise AdapterError(f"{file}: {error}") from error
+    if not saved["adapters"]:
+        raise AdapterError(f"{file} names no adapters; {mend}")
     for n, entry in enumerate(saved["adapters"]):
         for keys in (("name",), ("sha256",), ("directory", "source")):
             if not isinstance(entry, dict) or not any(isinstance(entry.get(key), str) for key in keys):
@@ -168,7 +174,7 @@ def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: boo
     config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits, state.least_share)
     saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "untrained": sorted(state.untrained)}
     gates = {name: layer.gate.weight.detach().contiguous() for name, layer in model.layers.items()}
-    save_file(gates, directory / GATES_FILE)
+    (directory / GATES_FILE).write_bytes(save(gates))  # safetensors' own files are for nobody but who wrote them
     (directory / MODEL_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     (directory / CARD_FILE).write_text(model_card(model), encoding="utf-8")
 
@@ -195,7 +201,7 @@ def _write_adapter(adapter: Adapter, directory: Path) -> None:
     directory.mkdir(parents=True)
     shutil.copyfile(adapter.directory / CONFIG_FILE, directory / CONFIG_FILE)
     if adapter.in_memory:
-        save_file(peft_tensors(adapter.modules), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        (directory / WEIGHTS_FILE).write_bytes(save(peft_tensors(adapter.modules), metadata={"format": "pt"}))
     else:
         shutil.copyfile(adapter.directory / WEIGHTS_FILE, directory / WEIGHTS_FILE)
     _check_unchanged(adapter, directory)

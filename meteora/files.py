@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Directories that appear complete or not at all; one that is replaced does so in a few renamings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def atomic_directory(path: str | Path, own: Sequence[str] | None = None) -> Iter
     path = Path(path).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for each call: what a killed process left is no obstacle.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    # Inside what stays: it may be a mount point, or all that may be written to.
+    inside = path if own is not None and path.is_dir() else path.parent
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=inside))
     new, old = scratch / "new", scratch / "old"
     new.mkdir()
     try:

@@ -77,6 +77,7 @@ class MixtureState:
     adapters: list[str] = field(default_factory=list)  # the names of all
     untrained: set[str] = field(default_factory=set)  # of them, whose rows of the gates no training has seen
     warned: bool = False
+    inside: list[int] = field(default_factory=list)  # the thread of each context that was entered
 
     @property
     def warning(self) -> str | None:
@@ -172,6 +173,15 @@ class MeteoraLinear(nn.Module):
         self.ranks.append((len(grown) - 1, weights.rank))
         owner = self.column_adapter.new_full((weights.rank,), len(grown) - 1)
         self.column_adapter = torch.cat([self.column_adapter, owner])
+
+    def parts(self) -> tuple:
+        """What :meth:`add_adapter` replaces, for :meth:`put_back`."""
+        return self.gate, self.lora_A, self.lora_B, list(self.ranks), self.column_adapter
+
+    def put_back(self, parts: tuple) -> None:
+        """Be what the layer was when it gave these :meth:`parts`."""
+        self.gate, self.lora_A, self.lora_B, self.ranks, self.column_adapter = parts
+        self.forget_packed()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> MeteoraLinear:  # moves and converts
         self.forget_packed()

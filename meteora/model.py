@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,6 +46,12 @@ from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
 
+_ENTERING = threading.Lock()
+
+_REFUSE_PEFT = (
+    "a mixture gets its adapters by add_adapter(name, path), uses one by `with model.route_to(name):` and none by `with "
+    "model.disable_adapters():`; adapters of PEFT in its base model would change what all of these compute."
+)
 _REFUSE_MERGE = (
     "a mixture of LoRAs cannot be merged into the base weights: which adapters a layer adds depends on its input, so "
     "there is no one weight that equals them all."
@@ -124,6 +131,8 @@ class MeteoraModel(nn.Module):
         if gates not in (None, "arrow"):
             raise ValueError(f"unknown gates {gates!r}; choose 'arrow', or None for gates to be trained.")
         config = config or MeteoraConfig()
+        if not isinstance(config, MeteoraConfig):
+            raise ValueError(f"config must be a MeteoraConfig, not a {type(config).__name__}.")
         loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
         if gates == "arrow":
             config = replace(config, absolute_logits=True)
@@ -272,11 +281,20 @@ class MeteoraModel(nn.Module):
         adapter = load_adapter(*next(iter(list_adapters({name: source}).items())))
         _check_fit(self.base_model, adapter)
         index = len(self._adapters)
+        before = {module: layer.parts() for module, layer in self.layers.items()}
         self._adapters.append(adapter)
-        for module, layer in self.layers.items():
-            layer.add_adapter(adapter.modules.get(module))
-        for module in _in_model_order(self.base_model, set(adapter.modules) - set(self.layers)):
-            self._wrap(module, {index: adapter.modules[module]})
+        try:
+            for module, layer in self.layers.items():
+                layer.add_adapter(adapter.modules.get(module))
+            for module in _in_model_order(self.base_model, set(adapter.modules) - set(before)):
+                self._wrap(module, {index: adapter.modules[module]})
+        except BaseException:  # out of memory, say: half of the layers with it would be no model at all
+            self._adapters.pop()
+            for module in set(self.layers) - set(before):
+                self._put(module, self.layers.pop(module).base_layer)
+            for module, parts in before.items():
+                self.layers[module].put_back(parts)
+            raise
         link_siblings(self.layers)
         self._adapters[index] = _without_weights(adapter)
         self.state.adapters = self.adapter_names
@@ -285,6 +303,10 @@ class MeteoraModel(nn.Module):
             return
         self.state.untrained.add(name)
         self.state.warned = False
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.base_model.get_submodule(parent), child, module)
 
     def _wrap(self, module: str, weights: dict) -> None:
         linear = self.base_model.get_submodule(module)
@@ -295,8 +317,7 @@ class MeteoraModel(nn.Module):
         layer = MeteoraLinear(
             linear, len(self._adapters), weights, self.state, dtype=dtype, device=_device_of(linear), name=module
         )
-        parent, _, child = module.rpartition(".")
-        setattr(self.base_model.get_submodule(parent), child, layer)
+        self._put(module, layer)
         layer.train(linear.training)
         self.layers[module] = layer
 
@@ -309,8 +330,7 @@ class MeteoraModel(nn.Module):
         """Take the layers out again and return the base model as it was. This model is of no use then."""
         self.activation_checkpointing_disable()
         for module, layer in self.layers.items():
-            parent, _, child = module.rpartition(".")
-            setattr(self.base_model.get_submodule(parent), child, layer.base_layer)
+            self._put(module, layer.base_layer)
         self.layers.clear()
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
@@ -477,11 +497,8 @@ class MeteoraModel(nn.Module):
     @to_be_entered
     def disable_adapters(self) -> Iterator[None]:
         """Inside, the model is exactly its base model."""
-        before, self.state.enabled = self.state.enabled, False
-        try:
+        with self._in_one_thread("enabled", False):
             yield
-        finally:
-            self.state.enabled = before
 
     @to_be_entered
     def route_to(self, names: str | Sequence[str]) -> Iterator[None]:
@@ -490,6 +507,8 @@ class MeteoraModel(nn.Module):
         The gates, top_k and the temperature are ignored. The output is PEFT's own for that adapter.
         """
         self.require_layers()
+        if not isinstance(names, (str, Sequence)):
+            raise AdapterError(f"route_to takes a name, or a list of one name for each sample, not {names!r}.")
         wanted = [names] if isinstance(names, str) else list(names)
         known = {name: n for n, name in enumerate(self.adapter_names)}
         for name in wanted:
@@ -497,31 +516,50 @@ class MeteoraModel(nn.Module):
                 raise AdapterError(f"there is no adapter {name!r}; there are {', '.join(map(repr, known))}.")
         if not wanted:
             raise AdapterError("route_to needs at least one name.")
-        before = self.state.forced
         device = next((layer.gate.weight.device for layer in self.layers.values()), None)
         indices = [known[name] for name in wanted]
-        self.state.forced = ForcedAdapters(indices, one_for_all=isinstance(names, str), device=device)
-        try:
+        with self._in_one_thread("forced", ForcedAdapters(indices, one_for_all=isinstance(names, str), device=device)):
             yield
-        finally:
-            self.state.forced = before
 
     @to_be_entered
     def trace(self) -> Iterator[Trace]:
         """Inside, every gate's logits, choices and weights are recorded; see :class:`Trace`."""
         self.require_layers()
-        before = self.state.trace
-        self.state.trace = trace = Trace()
-        try:
+        trace = Trace()
+        with self._in_one_thread("trace", trace):
             yield trace
+
+    @contextmanager
+    def _in_one_thread(self, name: str, value: Any) -> Iterator[None]:
+        """Inside, the state's ``name`` is ``value``; what two threads set would be undone in the wrong order."""
+        state, here = self.state, threading.get_ident()
+        with _ENTERING:
+            if state.inside and state.inside[-1] != here:
+                raise RuntimeError(
+                    "another thread is inside route_to, disable_adapters or trace of this model; let one thread at a time "
+                    "in (a lock), or call the model once with a list of names."
+                )
+            state.inside.append(here)
+            before = getattr(state, name)
+            setattr(state, name, value)
+        try:
+            yield
         finally:
-            self.state.trace = before
+            with _ENTERING:
+                setattr(state, name, before)
+                state.inside.pop()
 
     def merge_adapter(self, *args, **kwargs):
         """Refused: the routing depends on the input."""
         raise NotImplementedError(_REFUSE_MERGE)
 
     merge_and_unload = merge_adapter
+
+    def load_adapter(self, *args, **kwargs):
+        """Refused, as the other names by which transformers puts adapters of PEFT into a base model are."""
+        raise NotImplementedError(_REFUSE_PEFT)
+
+    set_adapter = enable_adapters = delete_adapter = active_adapters = load_adapter
 
     def __getattr__(self, name: str):
         try:

@@ -27,6 +27,7 @@ from meteora.training_loop import TrainingRun
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 10  # of a training, after which gates are hardly better than chance
 _PIECES = 32  # a GPU's 132 multiprocessors have 5 pieces each of a sum for 576 inputs
 
 
@@ -52,6 +53,7 @@ def train_gates(
             several tasks in one context, where every token's right adapter is that of its own turn. Each step draws
             ``mixed_per_step`` of these.
         output_dir: where the model is saved at the end; an interrupted call with the same arguments goes on from there.
+            If the training fails or is interrupted, the model is what it was.
 
     Returns:
         One row a step: ``step, loss, lm_loss, gate_loss, gate_accuracy``; ``lm_loss`` is NaN under ``gate``, which has
@@ -74,15 +76,19 @@ def train_gates(
     if output_dir is not None:
         check_free_for_checkpoint(output_dir)
     stages = samples_of_stages(model, dataset, config, tokenizer)  # bad rows are told before anything is trained
-    _forget_prototypes(model)
     runs: list[TrainingRun] = []
     history: list[dict] = []
-    for number, (stage, groups) in enumerate(stages):
-        mixed = stage.mixed_per_step
-        runs.append(TrainingRun(model, groups, stage, tokenizer, output_dir, mixed_per_step=mixed, stage=number))
-        found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not config)
-        done = len(history)
-        history += [{**row, "step": done + row["step"]} for row in found]
+    with _as_before_if_it_fails(model):
+        _forget_prototypes(model)
+        for number, (stage, groups) in enumerate(stages):
+            mixed = stage.mixed_per_step
+            runs.append(TrainingRun(model, groups, stage, tokenizer, output_dir, mixed_per_step=mixed, stage=number))
+            steps = sum(run.steps for run in runs)
+            if stage is config and steps < FEW_STEPS:
+                logger.warning("%d steps are few for gates; set max_steps, to 100, say, or epochs.", steps)
+            found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not config)
+            done = len(history)
+            history += [{**row, "step": done + row["step"]} for row in found]
     for layer in model.layers.values():
         layer.forget_packed()  # a compiled model does not look whether the gates are others
     model.state.untrained -= {model.adapter_names[task] for _, groups in stages for task in _tasks_of(groups)}
@@ -108,6 +114,23 @@ def _tasks_of(groups: Mapping[int, Sequence[Sample]]) -> set[int]:
     """Every task that some token of the samples belongs to."""
     mixed = (set(sample.tasks) for sample in groups.get(MIXED, ()))
     return set(groups).difference({MIXED}).union(*mixed)
+
+
+@contextmanager
+def _as_before_if_it_fails(model: MeteoraModel) -> Iterator[None]:
+    """If the block fails, the gates are what they were: the same call then goes on from its kept state."""
+    state, layers = model.state, model.layers.values()
+    before = state.absolute_logits, set(state.untrained)
+    gates = [layer.gate.weight.detach().clone() for layer in layers]
+    try:
+        yield
+    except BaseException:
+        state.absolute_logits, state.untrained = before
+        with torch.no_grad():
+            for layer, gate in zip(layers, gates, strict=True):
+                layer.gate.weight.copy_(gate)
+                layer.forget_packed()
+        raise
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -25,6 +26,8 @@ from meteora.config import TrainingConfig
 from meteora.layer import MeteoraLinear
 from meteora.model import MeteoraModel
 from meteora.sharding import is_sharded, shard_base_model, wants_sharding
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -101,7 +104,8 @@ class TrainingRun:
         ``keep`` the end is kept as well, for a stage that comes after.
         """
         config = self.config
-        scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * self.steps), self.steps)
+        warmup = min(math.ceil(config.warmup * self.steps), self.steps - 1)  # whose first step has a rate of 0
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, self.steps)
         history: list[dict] = []
         for parameter in parameters:
             if parameter.grad is None:
@@ -176,6 +180,7 @@ class TrainingRun:
         state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         shapes = [[tensor.shape for tensor in tensors] for tensors in (state["parameters"], parameters)]
         if state["identity"] != self._identity or shapes[0] != shapes[1]:
+            logger.warning("%s is of another run (other data, settings or gates), so this one begins anew.", self._checkpoint)
             return 0
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -184,6 +189,7 @@ class TrainingRun:
         for key, tensor in extra.items():
             tensor.copy_(state["extra"][key])
         history.extend(json.loads(state["history"]))
+        logger.info("went on after step %d of an interrupted run (%s)", state["step"], self._checkpoint)
         return state["step"]
 
 

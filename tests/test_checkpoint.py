@@ -220,7 +220,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(model, base, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(meteora.checkpoint, "save_file", full)
+    monkeypatch.setattr(meteora.checkpoint, "save", full)
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
@@ -326,9 +326,15 @@ def test_a_setting_of_another_version_is_named(model, base, tmp_path):
     model.save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / "meteora_config.json"
     saved = json.loads(file.read_text())
-    saved["config"]["top_p"] = 0.9
-    file.write_text(json.dumps(saved))
-    with pytest.raises(AdapterError, match=r"a setting that is unknown here, config\['top_p'\]; update meteora"):
+    for setting, value, message in (
+        ("top_p", 0.9, r"a setting that is unknown here, config\['top_p'\]; update meteora"),
+        ("temperature", 0, "meteora_config.json: temperature must be positive"),
+    ):
+        file.write_text(json.dumps(saved | {"config": saved["config"] | {setting: value}}))
+        with pytest.raises(AdapterError, match=message):
+            MeteoraModel.from_pretrained(base, tmp_path / "m")
+    file.write_text(json.dumps(saved | {"adapters": []}))
+    with pytest.raises(AdapterError, match="meteora_config.json names no adapters"):
         MeteoraModel.from_pretrained(base, tmp_path / "m")
 
 

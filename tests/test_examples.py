@@ -113,8 +113,12 @@ def test_settings_are_json_or_plain_words(train_gates):
 def test_rows_are_lines(train_gates, tmp_path):
     rows = [{"prompt": "a\u2028b", "response": "c", "task": "one"}] * 2
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (tmp_path / "rows.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
-    assert train_gates.read_rows(tmp_path / "rows.jsonl") == rows
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "rows.jsonl").write_text("\n\n".join(lines), encoding=encoding)
+        assert train_gates.read_rows(tmp_path / "rows.jsonl") == rows
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}')
+    with pytest.raises(ValueError, match="line 2 is not UTF-8 .* save the file as UTF-8"):
+        train_gates.read_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +143,11 @@ def test_what_the_training_program_is_given_wrongly_is_one_sentence(
     with pytest.raises(SystemExit) as ended:
         train_gates.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "task": "one"}')
+    monkeypatch.setattr(sys, "argv", ["train_gates.py", *arguments, "--set", "max_steps=3"])
+    with pytest.raises(SystemExit):
+        train_gates.main()
+    assert "a is not a folder; give a folder of PEFT directories" in capsys.readouterr().err.splitlines()[-1]
 
 
 def request(port, path, body=None):

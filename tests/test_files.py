@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,24 @@ def test_a_relative_path_works(tmp_path, monkeypatch):
     with atomic_directory("here") as new:
         (new / "file").write_text("")
     assert names(tmp_path / "here") == ["file"]
+
+
+def test_a_directory_that_stays_may_be_a_mount_point(tmp_path, monkeypatch):
+    """Nothing is renamed into or out of it, and nothing written beside it."""
+    target = tmp_path / "b"
+    target.mkdir()
+    real = os.replace
+
+    def within(source, there):
+        assert target in Path(source).parents and target in Path(there).parents
+        real(source, there)
+
+    monkeypatch.setattr(os, "replace", within)
+    for content in ("first", "second"):
+        with atomic_directory(target, own=("file",)) as new:
+            (new / "file").write_text(content)
+            assert names(tmp_path) == ["b"]
+        assert names(target) == ["file"] and (target / "file").read_text() == content
 
 
 def test_what_is_not_its_own_stays_where_it_is(tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -146,6 +147,61 @@ def test_the_base_model_may_be_a_path(core, model, base, mixed_adapters, tmp_pat
         core.randomize_gates(MeteoraModel.from_adapters(str(tmp_path / "base"), mixed_adapters)),
     ):
         torch.testing.assert_close(logits(again, core.tokens()), logits(model, core.tokens()))
+
+
+@pytest.mark.parametrize("where", [(meteora.MeteoraLinear, "add_adapter"), (MeteoraModel, "_wrap")])
+def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(core, base, mixed_adapters, monkeypatch, where):
+    model = core.randomize_gates(MeteoraModel.from_adapters(base, {"four": mixed_adapters["four"]}))
+    before, layers = logits(model, core.tokens()), dict(model.layers)
+    real, calls = getattr(*where), []
+
+    def full(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args)
+
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.add_adapter("late", mixed_adapters["one"])
+    monkeypatch.undo()
+    assert torch.equal(logits(model, core.tokens()), before)
+    assert model.adapter_names == ["four"] and model.layers == layers
+    assert {layer.gate.weight.shape[0] for layer in layers.values()} == {1}
+    assert [m for m in model.modules() if isinstance(m, meteora.MeteoraLinear)] == list(layers.values())
+    model.add_adapter("late", mixed_adapters["one"])
+    assert model.adapter_names == ["four", "late"] and len(model.layers) > len(layers)
+
+
+def test_contexts_let_one_thread_in_at_a_time(model, core):
+    """Two would undo each other's settings in the wrong order."""
+    inside, leave, refused = threading.Event(), threading.Event(), []
+
+    def other():
+        with model.route_to("one"):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(60)
+    for context in (lambda: model.route_to("three"), model.disable_adapters, model.trace):
+        with pytest.raises(RuntimeError, match="another thread is inside"), context():
+            refused.append(context)
+    leave.set()
+    thread.join()
+    assert not refused and model.state.forced is None and model.state.enabled
+    with model.route_to("three"), model.trace() as trace:
+        model(core.tokens())
+    assert trace.indices and model.state.forced is None and model.state.trace is None
+
+
+def test_what_transformers_does_with_adapters_of_peft_is_refused(model, base, core, mixed_adapters):
+    before = logits(model, core.tokens())
+    for name in ("load_adapter", "set_adapter", "enable_adapters", "delete_adapter", "active_adapters"):
+        with pytest.raises(NotImplementedError, match="by add_adapter"):
+            getattr(model, name)(mixed_adapters["one"])
+    assert torch.equal(logits(model, core.tokens()), before)
 
 
 def test_add_adapter_leaves_the_others_choices_alone(core, base, mixed_adapters):

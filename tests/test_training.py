@@ -219,17 +219,48 @@ def test_an_interrupted_run_goes_on_where_it_was(core, make, tmp_path, monkeypat
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(Interrupted):
-        run(make(), core, tmp_path / "cut", objective=objective, max_steps=5)
-    assert [p.name for p in tmp_path.iterdir() if "cut" in p.name] == [".cut.unfinished.pt"]
-    steps = 10
     again = make()
+    before = gates(again)
+    with pytest.raises(Interrupted):
+        run(again, core, tmp_path / "cut", objective=objective, max_steps=5)
+    assert [p.name for p in tmp_path.iterdir() if "cut" in p.name] == [".cut.unfinished.pt"]
+    for name, gate in gates(again).items():
+        assert torch.equal(before[name], gate), "so that the same call of the same model goes on"
+    steps = 10
+    if objective == "joint":
+        again = make()  # or that of another process
     history = run(again, core, tmp_path / "cut", objective=objective, max_steps=5)
     assert steps == 12  # three steps were not repeated
     assert json.dumps(history) == json.dumps(expected)  # as text, since lm_loss may be NaN
     for name, gate in gates(whole).items():
         assert torch.equal(gates(again)[name], gate)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_gates_without_training_outlive_a_training_that_fails(core, tiny_llama, mixed_adapters, monkeypatch):
+    model = MeteoraModel.from_adapters(tiny_llama, mixed_adapters, gates="arrow")
+    before = gates(model)
+
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_gates(model, core.rows(tasks=("one", "three")), GateTrainingConfig(max_steps=1), tokenizer=core.Tokenizer())
+    assert model.state.absolute_logits and not model.state.untrained
+    for name, gate in gates(model).items():
+        assert torch.equal(before[name], gate)
+
+
+def test_few_steps_train_and_are_warned_of(core, make, caplog):
+    model = make()
+    before = gates(model)
+    run(model, core, max_steps=1, learning_rate=1.0)
+    assert all((gates(model)[name] != gate).any() for name, gate in before.items()), "not at a rate of 0"
+    assert "1 steps are few for gates; set max_steps" in caplog.text
+    caplog.clear()
+    run(make(), core, max_steps=training.FEW_STEPS)
+    assert "few" not in caplog.text
 
 
 def test_a_second_stage_goes_on_with_the_firsts_gates(core, make):

@@ -87,6 +87,8 @@ def _whole(case: str, against: str, limit: float, mode: str | None, launch: str)
 AIMS = (
     Aim("forward, rank 8, 512 tokens and more", "single_lora", 1.15,
         lambda t: _forward(t) & _many(t, 8) & (t["tokens"] >= 512)),
+    Aim("forward, rank 8, 17 to 511 tokens", "single_lora", 1.15,
+        lambda t: _forward(t) & _many(t, 8) & t["tokens"].between(17, 511)),
     Aim("forward, rank 8, 16 tokens and fewer", "single_lora", 1.2,
         lambda t: _forward(t) & _many(t, 8) & (t["tokens"] <= 16)),
     Aim("forward, rank 64, 16 tokens and fewer", "single_lora", 1.2,

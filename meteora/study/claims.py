@@ -103,14 +103,17 @@ def _workload(benchmark: pd.DataFrame) -> str:
     return "tasks" if (benchmark["workload"] == "tasks").any() else "layer"
 
 
+def _where(metrics: Mapping[str, pd.DataFrame]) -> str:
+    return {"tasks": "the tasks' prompts, without CUDA graphs", "layer": "one layer"}[_workload(metrics["benchmark"])]
+
+
 def _loop_against_rest(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
     parts = {name: _time_ratios(metrics, "loop", name) for name in ("bmm", "dense", "triton")}
     parts = {name: ratios for name, ratios in parts.items() if len(ratios)}
     if not parts:
         return None
     name = max(parts, key=lambda name: parts[name].max())
-    where = {"tasks": "the tasks' prompts, without CUDA graphs", "layer": "one layer"}[_workload(metrics["benchmark"])]
-    return Finding(f"up to {parts[name].max():.1f}x ({name}), {where}", sum(map(len, parts.values())))
+    return Finding(f"up to {parts[name].max():.1f}x ({name}), {_where(metrics)}", sum(map(len, parts.values())))
 
 
 def _bmm_against_loop(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
@@ -132,16 +135,22 @@ def _mean_ratio(
     if ratios.mean() < 1:
         ratios, word = 1 / ratios, words[1]
     text = f"{ratios.mean():.1f}x {word} on average ({ratios.min():.1f}x to {ratios.max():.1f}x)"
-    return Finding(text, len(ratios))
+    return Finding(f"{text}, {_where(metrics)}", len(ratios))
 
 
 def _triton(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
     speed = _time_ratios(metrics, "bmm", "triton")
     if speed.empty:
         return None
-    text = f"{100 * speed.mean():.0f}% of bmm's speed"
+    low, mean, high = (f"{100 * value:.0f}%" for value in (speed.min(), speed.mean(), speed.max()))
+    text = f"{mean} of bmm's speed on average ({low} to {high}), {_where(metrics)}"
     memory = backend_ratios(metrics["benchmark"], "triton", "loop", "peak_bytes")
-    return Finding(text + (f" at {memory.mean():.1f}x the loop's memory" if len(memory) else ""), len(speed))
+    if len(memory):
+        text += (
+            f"; {memory.median():.2f}x the loop's memory in the median of {len(memory)} settings of a layer, at worst "
+            f"{memory.max():.1f}x"
+        )
+    return Finding(text, len(speed))
 
 
 def _aims(metrics: Mapping[str, pd.DataFrame]) -> list[tuple[str, str, str, Finding]]:
@@ -259,9 +268,9 @@ def _routing(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:
         return None
     by_task = own.groupby("task")["share"].mean()
     adapters = frame["adapter"].nunique()
-    spread = f"{by_task.min():.2f} to {by_task.max():.2f}"
+    spread = f"by task {by_task.min():.2f} to {by_task.max():.2f}"
     text = f"own adapter's share {by_task.mean():.2f} ({spread}), {1 / adapters:.2f} by chance"
-    return Finding(text, len(own))
+    return Finding(text, f"{len(by_task)} tasks")
 
 
 def _switching(metrics: Mapping[str, pd.DataFrame]) -> Finding | None:

@@ -143,6 +143,7 @@ def unknown_tasks(ablations: pd.DataFrame) -> Figure:
         part = frame[(frame["metric"] == metric) & frame["task"].isin(tasks)]
         _dots(axes, part.assign(variant=part["task"]), tasks)
         axes.set_xlabel(text)
+    figure.suptitle("tasks for which the model has no adapter", fontsize=10)
     _one_legend(figure, panels)
     return figure
 
@@ -162,12 +163,14 @@ def shots_curves(ablations: pd.DataFrame) -> Figure:
                 part = frame[
                     (frame["protocol"] == protocol) & (frame["method"] == method) & (frame["metric"] == metric)
                 ].sort_values("shots")
+                axes.fill_between(part["shots"].astype(float), part["low"], part["high"], color=color, alpha=0.1)
                 axes.plot(
                     part["shots"], part["value"], color=color, marker=marker, linestyle=line, markerfacecolor=face,
                     label=f"{label(method)}, {metric}", clip_on=False,
                 )  # fmt: skip
         size = int(frame["composite"].iloc[0])
-        axes.set(title=f"composite-{size}, {protocol}", xlabel="solved examples in the prompt", ylim=(0, size))
+        told = f"{protocol} ({frame['split'].iloc[0]} split, n = {frame['n'].max():g})"
+        axes.set(title=f"composite-{size}, {told}", xlabel="solved examples in the prompt", ylim=(0, size))
         axes.set_xticks(sorted(frame["shots"].unique()))
     panels[0].set_ylabel(f"answers per item (of {size})")
     _one_legend(figure, panels, columns=2)
@@ -194,9 +197,11 @@ def formats_curves(ablations: pd.DataFrame) -> Figure:
                     part["composite"], part["value"] / part["composite"], color=color, marker=marker, linestyle=line,
                     markerfacecolor=face, label=f"{label(method)}, {variant}", clip_on=False,
                 )  # fmt: skip
+                low, high = (part[end] / part["composite"] for end in ("low", "high"))
+                axes.fill_between(part["composite"].astype(float), low, high, color=color, alpha=0.08)
         axes.set(title=protocol, xlabel="problems in the composite", ylim=(0, 1))
         axes.set_xticks(sorted(frame["composite"].unique()))
-    panels[0].set_ylabel("share of correct answers")
+    panels[0].set_ylabel(f"share of correct answers ({frame['split'].iloc[0]} split, n = {frame['n'].max():g})")
     _one_legend(figure, panels, columns=2)
     return figure
 

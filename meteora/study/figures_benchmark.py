@@ -197,7 +197,7 @@ def _in_words(frame: pd.DataFrame, *, rank: bool = True) -> str:
     if (timed["launch"] == "graph").any():
         launch = "CUDA graph" + (f" ({', '.join(eager)}: eager)" if eager else "")
     ranked = f"rank {first['rank']}, " if rank else ""
-    return f"{ranked}top-{first['top_k']}, {first['dtype']}, {launch}, {first['routing']} routing"
+    return f"{ranked}top-{first['top_k']}, {first['dtype']}, {launch}, {first['routing']} routing, {first['device']}"
 
 
 def draw_lines(

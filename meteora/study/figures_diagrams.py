@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from meteora.study.figures_style import BLUE, INK, ORANGE, PALE, adapter_colors, mix, readable_on, styled
+from meteora.study.figures_style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PALE,
+    PINK,
+    SKY,
+    YELLOW,
+    adapter_colors,
+    mix,
+    readable_on,
+    styled,
+)
 
 _FROZEN, _OURS = "#dddddd", mix(ORANGE, "#ffffff", 0.55)
 _GATE = mix(BLUE, "#ffffff", 0.6)
@@ -73,7 +87,8 @@ def _module_beside(axes: Axes, adapters: Sequence[str]) -> None:
     _arrow(axes, (14.3, 6.4), (15.05, 6.4))
     axes.text(14.68, 6.5, "top-k", ha="center", va="bottom", fontsize=7.5)
     height = 2.4 / len(adapters)
-    for n, (name, color) in enumerate(adapter_colors(adapters).items()):
+    # Blue is what is trained here, and orange what has adapters.
+    for n, (name, color) in enumerate(zip(adapters, itertools.cycle((GREEN, PINK, YELLOW, SKY)))):
         _box(axes, 15.1, 7.6 - (n + 1) * height, 2.2, height - 0.08, name, mix(color, "#ffffff", 0.45), 8)
     axes.text(16.2, 7.78, "LoRAs (frozen)", ha="center", fontsize=8)
     for x in (11.95, 13.62, 16.2):

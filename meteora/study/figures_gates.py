@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from meteora.study.figures_style import BLUE, GREY, legend_below, styled
 from meteora.study.tables import require_columns
 
+LEAST_TEXTS = 20  # that a point of a curve over their tokens stands for
+
 
 @styled
 def gate_accuracy_heatmap(gate_accuracy: pd.DataFrame) -> Figure:
@@ -76,7 +78,9 @@ def switching_curves(switching: pd.DataFrame, *, adapters: int, most: int = 48) 
         for size, color, marker in zip(sizes, colors, "os^Dv<>"):
             frame = switching[(switching["part"] == part) & (switching["composite"] == size)]
             # what is left of the curve where texts grow few is noise
-            frame = frame[(frame["distance"] < most) & (frame["tokens"] >= 0.1 * frame["tokens"].max())]
+            longest = frame["tokens"].max()
+            least = max(0.1 * longest, min(LEAST_TEXTS, 0.5 * longest))
+            frame = frame[(frame["distance"] < most) & (frame["tokens"] >= least)]
             options = {"color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.3}
             axes.plot(frame["distance"] + 1, frame["own"], label=f"own, composite-{size}", **options)
             axes.plot(

@@ -58,7 +58,9 @@ def figure3_radar(
     step = (0.2 if outer > 0.5 * top else 0.1) * top
     axes.set_yticks(np.arange(step, outer - step / 2, step))  # the outermost one would lie on a task's name
     axes.set_rlabel_position(180 / len(tasks))
-    axes.tick_params(axis="y", labelsize=7, labelcolor="#666666")
+    axes.tick_params(axis="y", labelsize=7, labelcolor="#444444")
+    for text in axes.get_yticklabels():  # they lie among the curves
+        text.set(zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6})
     axes.set_xticks(angles, [_wrapped(task) for task in tasks], fontsize=8 if len(tasks) > 12 else 9)
     for text, angle in zip(axes.get_xticklabels(), angles):
         side, height = np.sin(angle), np.cos(angle)
@@ -105,6 +107,7 @@ def figure3_dots(
     axes.grid(axis="y", visible=False)
     unit = "0..100" if metric.startswith("bleu") else "0..1"
     axes.set_xlabel(f"{METRIC_LABELS.get(metric, metric)} ({unit}), with 95% bootstrap interval")
+    axes.tick_params(top=True, labeltop=True)  # the rows may fill several screens
     legend_below(figure, axes)
     return figure
 

@@ -60,6 +60,8 @@ def gate_curves(
 def adapter_curves(history: pd.DataFrame) -> Figure:
     """Every adapter's training loss (pale, with its running mean) and validation loss (marked), a panel an adapter.
 
+    A panel ends at three times its largest validation loss.
+
     Args:
         history: rows ``step,task,split,loss``, split train or valid.
     """
@@ -78,7 +80,8 @@ def adapter_curves(history: pd.DataFrame) -> Figure:
             best = valid.loc[valid["loss"].idxmin()]
             axes.plot(best["step"], best["loss"], color=PINK, marker="*", markersize=10, linestyle="", label="kept")
         axes.set_title(task, fontsize=9)
-        axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+        most = own["loss"].max() if valid.empty else min(own["loss"].max(), 3 * valid["loss"].max())
+        axes.set_ylim(0, 1.06 * most)  # of the first steps' losses, what would press the others to the ground is cut off
     for axes in list(grid.flat)[len(tasks):]:
         axes.set_visible(False)
     for n, axes in enumerate(list(grid.flat)[: len(tasks)]):

@@ -84,12 +84,13 @@ def summary_block(results: Path = RESULTS) -> str:
         for launch in ("graph", "eager"):
             ratios = _layer_ratios(path, launch)
             ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]["ratio"]
-            ranges[launch] = f"{ratios.min():.1f} to {ratios.max():.1f}" if len(ratios) else None
-        without = f", and {ranges['eager']} times without one" if ranges["eager"] else ""
+            found = f"{ratios.min():.1f} to {ratios.max():.1f} times", f" ({len(ratios)} settings)"
+            ranges[launch] = found if len(ratios) else None
+        without = f", and {ranges['eager'][0]} without one{ranges['eager'][1]}" if ranges["eager"] else ""
         if ranges["graph"]:
             parts.append(
-                f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ranges['graph']} times as long as "
-                f"one LoRA's in a CUDA graph{without} ([more](#speed))."
+                f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ranges['graph'][0]} as long as one "
+                f"LoRA's in a CUDA graph{ranges['graph'][1]}{without} ([more](#speed))."
             )
     return "\n".join(parts) + "\n" if parts else NO_RESULTS
 
