@@ -54,6 +54,45 @@ def products_add_up_one_by_one():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_looked_up_again():
+    """More than a third of the time that Triton's interpreter takes for kernels as small as the tests' goes into two things.
+
+    Each call of a helper, `tl.sum` as well, patches the whole language anew, though after a kernel's start, and the first
+    call into a module, nothing is left to patch. And each operation makes a dictionary of all dtypes to look up one.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()  # the modules of the running kernel's functions
+    find_dtype, dtypes = interpreter._get_np_dtype, {}
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None  # a helper's call asks for nothing; a kernel's start, which does, comes first
+        patched.add(function.__module__)
+        return patch_language(function)
+
+    def launch_anew(*args, **options):
+        patched.clear()  # the last kernel took back at its end what had been patched
+        return launch(*args, **options)
+
+    def known_dtype(of):
+        of = of.scalar  # a block's elements have its dtype
+        if of.name not in dtypes:
+            dtypes[of.name] = find_dtype(of)
+        return dtypes[of.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        patch.setattr(interpreter, "_get_np_dtype", known_dtype)
+        yield
+
+
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama of two layers, hidden size 32, vocabulary 64, the same one every time."""
