@@ -59,8 +59,9 @@ def figure3_radar(
     axes.set_yticks(np.arange(step, outer - step / 2, step))  # the outermost one would lie on a task's name
     axes.set_rlabel_position(180 / len(tasks))
     axes.tick_params(axis="y", labelsize=7, labelcolor="#444444")
-    for text in axes.get_yticklabels():  # they lie among the curves
-        text.set(zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6})
+    axes.set_axisbelow(False)  # the numbers lie among the curves
+    for text in axes.get_yticklabels():
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6})
     axes.set_xticks(angles, [_wrapped(task) for task in tasks], fontsize=8 if len(tasks) > 12 else 9)
     for text, angle in zip(axes.get_xticklabels(), angles):
         side, height = np.sin(angle), np.cos(angle)

@@ -83,7 +83,7 @@ def summary_block(results: Path = RESULTS) -> str:
         ranges = {}
         for launch in ("graph", "eager"):
             ratios = _layer_ratios(path, launch)
-            ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]["ratio"]
+            ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]["ratio"].dropna()
             found = f"{ratios.min():.1f} to {ratios.max():.1f} times", f" ({len(ratios)} settings)"
             ranges[launch] = found if len(ratios) else None
         without = f", and {ranges['eager'][0]} without one{ranges['eager'][1]}" if ranges["eager"] else ""
