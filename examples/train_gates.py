@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from meteora import GateTrainingConfig, MeteoraModel, train_gates
+from meteora.training import samples_of_stages
 
 
 def read_settings(given: list[str]) -> dict:
@@ -73,9 +74,11 @@ def main() -> None:
         rows = read_rows(Path(options.data))
         model = MeteoraModel.from_adapters(options.base, options.adapters)
         tokenizer = AutoTokenizer.from_pretrained(options.base)
-        history = train_gates(model, rows, config, tokenizer=tokenizer, output_dir=options.output)
+        samples_of_stages(model, rows, config, tokenizer)  # for what it says of bad rows
     except (ValueError, OSError) as error:  # each says what is wrong, and the mend
         parser.error(str(error))
+
+    history = train_gates(model, rows, config, tokenizer=tokenizer, output_dir=options.output)
     logging.info("gate loss %.4f -> %.4f", history[0]["gate_loss"], history[-1]["gate_loss"])
 
 

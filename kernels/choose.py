@@ -89,9 +89,10 @@ def _list(met, n, columned, own, slots_ptr, listed_ptr, MOST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _choose(
-    p_ptr, index_ptr, weight_ptr, count_ptr, slots_ptr, listed_ptr, T, N, C, columned, blocks, inverse_temperature,
+    p_ptr, index_ptr, weight_ptr, count_ptr, slots_ptr, listed_ptr, T, N, C, columned, blocks,
+    inverse_temperature, least_share,
     MOST: tl.constexpr, SPLITS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr,
-    LEAST_SHARE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+    UNSURE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -120,7 +121,7 @@ def _choose(
         value, index, keys = largest(keys, n, BN)
         weight = tl.exp((value - top) * inverse_temperature)
         total += weight
-        if LEAST_SHARE > 0:
+        if UNSURE:
             chosen += tl.exp(value - top)
         indices = tl.where(slot[None, :] == j, index[:, None], indices)
         weights = tl.where(slot[None, :] == j, weight[:, None], weights)
@@ -129,8 +130,8 @@ def _choose(
         tl.store(count_ptr + (j * blocks + own) * columned + n, counts, mask=n < columned)
     if MOST:
         _list(met, n, columned, own, slots_ptr, listed_ptr, MOST)
-    if LEAST_SHARE > 0:
-        total = tl.where(unsure(chosen, every, top, LEAST_SHARE), float("inf"), total)  # so that all weights are zero
+    if UNSURE:
+        total = tl.where(unsure(chosen, every, top, least_share), float("inf"), total)  # so that all weights are zero
     weights /= total[:, None]
     there = live[:, None] & (slot < TOP_K)[None, :]
     tl.store(index_ptr + token[:, None] * TOP_K + slot[None, :], indices, mask=there)
@@ -155,6 +156,7 @@ def choose(
     Args:
         products: (splits, T, C) float32, whose sum over splits is ``parts`` times N columns that add up to the logits.
         columned: the number of adapters that are counted; all beyond have no columns.
+        least_share: of a softmax over all logits, below which the chosen weigh nothing.
 
     Returns:
         indices (T, k) int32 and weights (T, k) float32, best first, counts (k, blocks, columned) int32, and the lists,
@@ -166,8 +168,8 @@ def choose(
     blocks = counts.shape[1]
     _choose[(blocks,)](
         products, indices, weights, counts, lists.slots, lists.adapters, T, num_adapters, C, columned, blocks,
-        1 / temperature, MOST=lists.adapters.shape[1], SPLITS=splits, TOP_K=top_k, PARTS=parts, ABSOLUTE=absolute,
-        LEAST_SHARE=least_share, BT=lists.height, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1), num_warps=8,
+        1 / temperature, least_share, MOST=lists.adapters.shape[1], SPLITS=splits, TOP_K=top_k, PARTS=parts, ABSOLUTE=absolute,
+        UNSURE=least_share > 0, BT=lists.height, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1), num_warps=8,
         **overlap_options(products),
     )  # fmt: skip
     return indices, weights, counts, lists

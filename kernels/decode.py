@@ -42,8 +42,9 @@ def decode_ref(
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _decode(
-    ys, bs, outs, y_strides, b_strides, p_ptr, owner_ptr, T, R, N, C, splits, inverse_temperature,
-    SIBLINGS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr, LEAST_SHARE: tl.constexpr,
+    ys, bs, outs, y_strides, b_strides, p_ptr, owner_ptr, T, R, N, C, splits,
+    inverse_temperature, least_share,
+    SIBLINGS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, ABSOLUTE: tl.constexpr, UNSURE: tl.constexpr,
     BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -84,11 +85,11 @@ def _decode(
         value, index, keys = largest(keys, n, BN)
         weight = tl.exp((value - top) * inverse_temperature)
         total += weight
-        if LEAST_SHARE > 0:
+        if UNSURE:
             chosen += tl.exp(value - top)
         column_weight += tl.where(owner[None, :] == index[:, None], weight[:, None], 0.0)
-    if LEAST_SHARE > 0:
-        total = tl.where(unsure(chosen, every, top, LEAST_SHARE), float("inf"), total)  # so that all weights are zero
+    if UNSURE:
+        total = tl.where(unsure(chosen, every, top, least_share), float("inf"), total)  # so that all weights are zero
     column_weight /= total[:, None]
     s = tl.where(column_weight != 0, columns[None, :] * column_weight, 0.0)
     y += tl.sum(b.to(tl.float32) * s, 1)
@@ -114,8 +115,8 @@ def decode(
     BO = 16
     _decode[(sum(cdiv(out, BO) for out in outs), rows // n)](
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
-        products, column_adapter, rows // n, R, num_adapters, C, splits, 1 / temperature,
-        SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, LEAST_SHARE=least_share,
+        products, column_adapter, rows // n, R, num_adapters, C, splits, 1 / temperature, least_share,
+        SIBLINGS=n, TOP_K=top_k, PARTS=gate_parts(Bs[0].dtype), ABSOLUTE=absolute, UNSURE=least_share > 0,
         BO=BO, BR=block(R, MOST_COLUMNS), BN=block(num_adapters, MOST_ADAPTERS), BS=block(splits, 64, 1), num_warps=1,
         **overlap_options(products, early),
     )  # fmt: skip

@@ -391,9 +391,9 @@ def _weighed(partial_ptr, j, rank, weight, row, width, TOP_K: tl.constexpr, SPLI
 @triton.jit(do_not_specialize=["T"])
 def _expand_chosen(
     ys, bs, outs, y_strides, b_strides, logit_ptr, index_ptr, weight_ptr, partial_ptr, start_ptr, T, N, COUNT, width,
-    inverse_temperature,
+    inverse_temperature, least_share,
     SIBLINGS: tl.constexpr, GIVEN: tl.constexpr, TOP_K: tl.constexpr, GATE_SPLITS: tl.constexpr,
-    ABSOLUTE: tl.constexpr, LEAST_SHARE: tl.constexpr, SPLITS: tl.constexpr, HOLD: tl.constexpr,
+    ABSOLUTE: tl.constexpr, UNSURE: tl.constexpr, SPLITS: tl.constexpr, HOLD: tl.constexpr,
     ALIGNED_BY: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # The tokens' programs of one block of columns follow one another: what they read of B may be the same.
@@ -418,8 +418,8 @@ def _expand_chosen(
     starts, ends = _bounds(start_ptr, COUNT, BN)
     if not GIVEN:
         keys = _keys(logit_ptr, row, T * SIBLINGS, N, GATE_SPLITS, ABSOLUTE, BN)
-        if LEAST_SHARE > 0:
-            least = LEAST_SHARE * tl.sum(tl.exp(keys - tl.max(keys, 0)), 0)  # of the chosen exponentials at temperature 1
+        if UNSURE:
+            least = least_share * tl.sum(tl.exp(keys - tl.max(keys, 0)), 0)  # of the chosen exponentials at temperature 1
     if HOLD:
         weight, other_weight = 1.0, 0.0
         if GIVEN:
@@ -438,13 +438,13 @@ def _expand_chosen(
             else:
                 other_value, index, keys = _largest(keys, BN)
                 other_weight = tl.exp((other_value - value) * inverse_temperature)
-                if LEAST_SHARE > 0:
+                if UNSURE:
                     chosen += tl.exp(other_value - value)
                 sum_of_both = weight + other_weight
                 weight, other_weight = weight / sum_of_both, other_weight / sum_of_both
             start, other_rank = _segment(index, starts, ends, ALIGNED_BY, BN)
             other_held = tl.load(b + start, mask=inside[:, None] & (r < other_rank)[None, :], other=0.0)
-        if LEAST_SHARE > 0:
+        if UNSURE:
             weight, other_weight = tl.where(chosen < least, 0.0, weight), tl.where(chosen < least, 0.0, other_weight)
         if OVERLAP:
             gdc_wait()
@@ -460,9 +460,9 @@ def _expand_chosen(
             for _ in range(TOP_K):
                 value, index, left = _largest(left, BN)
                 sum_of_all += tl.exp((value - top) * inverse_temperature)
-                if LEAST_SHARE > 0:
+                if UNSURE:
                     chosen += tl.exp(value - top)
-            if LEAST_SHARE > 0:
+            if UNSURE:
                 sum_of_all = tl.where(chosen < least, float("inf"), sum_of_all)  # so that all weights are zero
         if OVERLAP:
             gdc_wait()
@@ -495,8 +495,8 @@ def expand_chosen(
     _expand_chosen[grid](
         tuple(ys), tuple(Bs), outs, tuple(y.stride(0) for y in ys), tuple(B.stride(0) for B in Bs),
         *choice.pointers(), partial, found.starts, T=T, width=found.widest, inverse_temperature=1 / choice.temperature,
-        LEAST_SHARE=choice.least_share, SPLITS=partial.shape[2], **options, **choice.options(found),
-        **overlap_options(partial, early),
+        least_share=choice.least_share, UNSURE=choice.least_share > 0, SPLITS=partial.shape[2], **options,
+        **choice.options(found), **overlap_options(partial, early),
     )  # fmt: skip
 
 

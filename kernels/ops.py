@@ -174,6 +174,7 @@ def gated_mix(
         y: (T, out), the base layer's output.  x: (T, in).  A: (R, in).  B: (out, R), scaling folded in. One dtype.
         gate: (N, in) float32.  packed: (C, in), :func:`meteora.kernels.packing.pack` of A and gate, which is what is computed with.
         column_adapter: (R,), the adapter that owns each of the R.
+        least_share: of a softmax over all logits, below which the chosen weigh nothing.
 
     Returns:
         out (T, out), and for the backward pass: raw (T, R'), indices (T, k) int32, weights (T, k) float32.

@@ -62,19 +62,20 @@ def largest(keys, n, SIZE: tl.constexpr):
 
 
 @triton.jit
-def unsure(chosen, keys, top, LEAST_SHARE: tl.constexpr):
+def unsure(chosen, keys, top, least_share):
     """Of each row, whether all its keys' exponentials add up to so much that the sum of the ``chosen`` ones is no such share.
 
     NaN is sure, so that it reaches the output.
     """
-    return chosen < LEAST_SHARE * tl.sum(tl.exp(keys - top[:, None]), 1)
+    return chosen < least_share * tl.sum(tl.exp(keys - top[:, None]), 1)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _route(
-    p_ptr, owner_ptr, s_ptr, raw_ptr, index_ptr, weight_ptr, T, R, N, C, s_stride, inverse_temperature,
+    p_ptr, owner_ptr, s_ptr, raw_ptr, index_ptr, weight_ptr, T, R, N, C, s_stride,
+    inverse_temperature, least_share,
     SPLITS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, GIVEN: tl.constexpr, ABSOLUTE: tl.constexpr,
-    LEAST_SHARE: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UNSURE: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -113,14 +114,14 @@ def _route(
             value, index, keys = largest(keys, n, BN)
             weight = tl.exp((value - top) * inverse_temperature)
             total += weight
-            if LEAST_SHARE > 0:
+            if UNSURE:
                 chosen += tl.exp(value - top)
             indices = tl.where(slot[None, :] == j, index[:, None], indices)
             weights = tl.where(slot[None, :] == j, weight[:, None], weights)
         column_weight += tl.where(owner[None, :] == index[:, None], weight[:, None], 0.0)
     if not GIVEN:
-        if LEAST_SHARE > 0:
-            total = tl.where(unsure(chosen, every, top, LEAST_SHARE), float("inf"), total)  # so that all weights are zero
+        if UNSURE:
+            total = tl.where(unsure(chosen, every, top, least_share), float("inf"), total)  # so that all weights are zero
         column_weight /= total[:, None]
         weights /= total[:, None]
     # A column whose adapter was not chosen is zero even where its product is infinite.
@@ -136,7 +137,9 @@ def _route(
                 tl.store(weight_ptr + token[:, None] * TOP_K + slot[None, :], weights, mask=there)
 
 
-def _launch_route(products, column_adapter, s, raw, indices, weights, num_adapters, top_k, parts, temperature, **flags):
+def _launch_route(
+    products, column_adapter, s, raw, indices, weights, num_adapters, top_k, parts, temperature, least_share, **flags
+):  # fmt: skip
     splits, T, C = products.shape
     R, columns = column_adapter.shape[0], s.shape[1]
     BT, warps = (1, 1) if T <= 16 else (1, 2) if T <= 64 else (4, 4)
@@ -144,8 +147,8 @@ def _launch_route(products, column_adapter, s, raw, indices, weights, num_adapte
     grid = (cdiv(T, BT), cdiv(columns, BR))
     _route[grid](
         products, column_adapter, s, raw, indices, weights, T, R, num_adapters, C, columns, 1 / temperature,
-        SPLITS=splits, TOP_K=top_k, PARTS=parts, BT=BT, BR=BR, BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1),
-        num_warps=warps, **flags, **overlap_options(s),
+        least_share, UNSURE=least_share > 0, SPLITS=splits, TOP_K=top_k, PARTS=parts, BT=BT, BR=BR,
+        BN=block(num_adapters, MOST_ADAPTERS), BK=block(top_k, 1024, 1), num_warps=warps, **flags, **overlap_options(s),
     )  # fmt: skip
 
 
@@ -177,7 +180,7 @@ def route(
     indices, weights = empty((kept, top_k), dtype=torch.int32), empty((kept, top_k))
     _launch_route(
         products, column_adapter, s, raw, indices, weights, num_adapters, top_k, gate_parts(dtype), temperature,
-        GIVEN=False, ABSOLUTE=absolute, LEAST_SHARE=least_share, KEEP=keep,
+        least_share, GIVEN=False, ABSOLUTE=absolute, KEEP=keep,
     )  # fmt: skip
     return s, raw, indices, weights
 
@@ -195,8 +198,8 @@ def mask(
     raw = products.new_empty((T if keep else 0, padded(R)), dtype=dtype)
     indices, weights = indices.contiguous(), weights.contiguous()
     _launch_route(
-        products, column_adapter, s, raw, indices, weights, 1, indices.shape[1], 1, 1.0,
-        GIVEN=True, ABSOLUTE=False, LEAST_SHARE=0.0, KEEP=keep,
+        products, column_adapter, s, raw, indices, weights, 1, indices.shape[1], 1, 1.0, 0.0,
+        GIVEN=True, ABSOLUTE=False, KEEP=keep,
     )  # fmt: skip
     return s, raw
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meteora.adapters import WEIGHTS_FILE, Adapter, LoraWeights, adapter_directory, check_name, peft_tensors
@@ -304,7 +303,7 @@ def _write_adapter(directory: Path, name: str, weights: dict, base_model: nn.Mod
     with atomic_directory(directory, ADAPTER_PARTS) as new:
         lora.save_pretrained(str(new))
         tensors = peft_tensors(weights, getattr(torch, config.dtype))
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(new / WEIGHTS_FILE, tensors, {"format": "pt"})
         (new / "README.md").write_text(_card(name, base_name, config, facts), encoding="utf-8")
 
 

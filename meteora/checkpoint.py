@@ -13,13 +13,14 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meteora.adapters import (
     CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterError, file_sha256, load_adapter, peft_tensors,
 )  # fmt: skip
 from meteora.config import MeteoraConfig
+from meteora.files import write_tensors
 from meteora.hub import HUB_ERRORS, absence
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def write_checkpoint(model: MeteoraModel, directory: Path, *, copy_adapters: boo
     config = MeteoraConfig(state.top_k, state.temperature, state.backend, state.absolute_logits, state.least_share)
     saved = {"format": FORMAT, "config": asdict(config), "adapters": entries, "untrained": sorted(state.untrained)}
     gates = {name: layer.gate.weight.detach().contiguous() for name, layer in model.layers.items()}
-    (directory / GATES_FILE).write_bytes(save(gates))  # safetensors' own files are for nobody but who wrote them
+    write_tensors(directory / GATES_FILE, gates)
     (directory / MODEL_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     (directory / CARD_FILE).write_text(model_card(model), encoding="utf-8")
 
@@ -201,7 +202,7 @@ def _write_adapter(adapter: Adapter, directory: Path) -> None:
     directory.mkdir(parents=True)
     shutil.copyfile(adapter.directory / CONFIG_FILE, directory / CONFIG_FILE)
     if adapter.in_memory:
-        (directory / WEIGHTS_FILE).write_bytes(save(peft_tensors(adapter.modules), metadata={"format": "pt"}))
+        write_tensors(directory / WEIGHTS_FILE, peft_tensors(adapter.modules), {"format": "pt"})
     else:
         shutil.copyfile(adapter.directory / WEIGHTS_FILE, directory / WEIGHTS_FILE)
     _check_unchanged(adapter, directory)

@@ -1,13 +1,24 @@
-"""Directories that appear complete or not at all; one that is replaced does so in a few renamings."""
+"""Files of tensors; directories that appear complete or not at all (one that is replaced, in a few renamings)."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file of safetensors that whoever may read the files beside it may read.
+
+    Those that `safetensors.torch.save_file` writes only their owner can.
+    """
+    file.write_bytes(save(dict(tensors), metadata))
 
 
 @contextmanager
@@ -30,6 +41,8 @@ def atomic_directory(path: str | Path, own: Sequence[str] | None = None) -> Iter
     new.mkdir()
     try:
         yield new
+        if not new.is_dir():
+            raise FileNotFoundError(f"{path} was removed while it was being written to; save again.")
         if own is None or not path.exists():
             _swap([(path, old)], [(new, path)])
         else:

@@ -77,7 +77,11 @@ class MixtureState:
     adapters: list[str] = field(default_factory=list)  # the names of all
     untrained: set[str] = field(default_factory=set)  # of them, whose rows of the gates no training has seen
     warned: bool = False
-    inside: list[int] = field(default_factory=list)  # the thread of each context that was entered
+    inside: list[list] = field(default_factory=list)  # of each context that was entered: its thread, what it set, what was
+
+    def __getstate__(self) -> dict:  # a copy is inside of no context
+        outside = {name: before for _, name, before in reversed(self.inside)}
+        return self.__dict__ | outside | {"inside": []}
 
     @property
     def warning(self) -> str | None:
@@ -174,13 +178,18 @@ class MeteoraLinear(nn.Module):
         owner = self.column_adapter.new_full((weights.rank,), len(grown) - 1)
         self.column_adapter = torch.cat([self.column_adapter, owner])
 
-    def parts(self) -> tuple:
-        """What :meth:`add_adapter` replaces, for :meth:`put_back`."""
-        return self.gate, self.lora_A, self.lora_B, list(self.ranks), self.column_adapter
+    def sizes(self) -> tuple[int, int, int]:
+        """What grows when an adapter is added, for :meth:`cut_back`: adapters of the gate, with weights here, columns."""
+        return self.gate.out_features, len(self.ranks), len(self.lora_A)
 
-    def put_back(self, parts: tuple) -> None:
-        """Be what the layer was when it gave these :meth:`parts`."""
-        self.gate, self.lora_A, self.lora_B, self.ranks, self.column_adapter = parts
+    def cut_back(self, sizes: tuple[int, int, int]) -> None:
+        """Be what the layer was at these :meth:`sizes`, without memory for it: there may be none left."""
+        N, count, R = sizes
+        self.gate.weight = nn.Parameter(self.gate.weight.detach()[:N], requires_grad=self.gate.weight.requires_grad)
+        self.gate.out_features = N
+        self.lora_A = nn.Parameter(self.lora_A.detach()[:R], requires_grad=False)
+        self.lora_B = nn.Parameter(self.lora_B.detach()[:, :R], requires_grad=False)
+        self.ranks, self.column_adapter = self.ranks[:count], self.column_adapter[:R]
         self.forget_packed()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> MeteoraLinear:  # moves and converts

@@ -46,7 +46,7 @@ from meteora.trace import Trace
 
 logger = logging.getLogger(__name__)
 
-_ENTERING = threading.Lock()
+_ENTERING = threading.RLock()  # a collector may end a forgotten context while another is entered
 
 _REFUSE_PEFT = (
     "a mixture gets its adapters by add_adapter(name, path), uses one by `with model.route_to(name):` and none by `with "
@@ -281,28 +281,31 @@ class MeteoraModel(nn.Module):
         adapter = load_adapter(*next(iter(list_adapters({name: source}).items())))
         _check_fit(self.base_model, adapter)
         index = len(self._adapters)
-        before = {module: layer.parts() for module, layer in self.layers.items()}
+        before, state = {module: layer.sizes() for module, layer in self.layers.items()}, self.state
+        names, untrained, warned = list(state.adapters), set(state.untrained), state.warned
         self._adapters.append(adapter)
         try:
             for module, layer in self.layers.items():
                 layer.add_adapter(adapter.modules.get(module))
             for module in _in_model_order(self.base_model, set(adapter.modules) - set(before)):
                 self._wrap(module, {index: adapter.modules[module]})
+            link_siblings(self.layers)
+            self._adapters[index] = _without_weights(adapter)
+            state.adapters = self.adapter_names
+            if state.absolute_logits:
+                set_prototypes(self.layers.values())
+            else:
+                state.untrained.add(name)
+                state.warned = False
         except BaseException:  # out of memory, say: half of the layers with it would be no model at all
-            self._adapters.pop()
+            del self._adapters[index:]
             for module in set(self.layers) - set(before):
                 self._put(module, self.layers.pop(module).base_layer)
-            for module, parts in before.items():
-                self.layers[module].put_back(parts)
+            for module, sizes in before.items():
+                self.layers[module].cut_back(sizes)
+            link_siblings(self.layers)
+            state.adapters, state.untrained, state.warned = names, untrained, warned
             raise
-        link_siblings(self.layers)
-        self._adapters[index] = _without_weights(adapter)
-        self.state.adapters = self.adapter_names
-        if self.state.absolute_logits:
-            set_prototypes(self.layers.values())
-            return
-        self.state.untrained.add(name)
-        self.state.warned = False
 
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -507,9 +510,11 @@ class MeteoraModel(nn.Module):
         The gates, top_k and the temperature are ignored. The output is PEFT's own for that adapter.
         """
         self.require_layers()
-        if not isinstance(names, (str, Sequence)):
-            raise AdapterError(f"route_to takes a name, or a list of one name for each sample, not {names!r}.")
-        wanted = [names] if isinstance(names, str) else list(names)
+        try:
+            wanted = [names] if isinstance(names, str) else list(names)
+        except TypeError:
+            kind = type(names).__name__
+            raise AdapterError(f"route_to takes a name, or a list of one name for each sample, not a {kind}.") from None
         known = {name: n for n, name in enumerate(self.adapter_names)}
         for name in wanted:
             if name not in known:
@@ -531,23 +536,28 @@ class MeteoraModel(nn.Module):
 
     @contextmanager
     def _in_one_thread(self, name: str, value: Any) -> Iterator[None]:
-        """Inside, the state's ``name`` is ``value``; what two threads set would be undone in the wrong order."""
-        state, here = self.state, threading.get_ident()
+        """Inside, the state's ``name`` is ``value``, for one thread at a time; contexts may be left in any order."""
+        state, mine = self.state, [threading.get_ident(), name, None]
         with _ENTERING:
-            if state.inside and state.inside[-1] != here:
+            if any(thread != mine[0] for thread, *_ in state.inside):
                 raise RuntimeError(
-                    "another thread is inside route_to, disable_adapters or trace of this model; let one thread at a time "
-                    "in (a lock), or call the model once with a list of names."
+                    "another thread, or a generator that another one began, is inside route_to, disable_adapters or trace of "
+                    "this model; let one thread at a time in (a lock), or call the model once with a list of names."
                 )
-            state.inside.append(here)
-            before = getattr(state, name)
+            mine[2] = getattr(state, name)
+            state.inside.append(mine)
             setattr(state, name, value)
         try:
             yield
         finally:
             with _ENTERING:
-                setattr(state, name, before)
-                state.inside.pop()
+                n = next(n for n, entered in enumerate(state.inside) if entered is mine)
+                later = next((entered for entered in state.inside[n + 1 :] if entered[1] == name), None)
+                if later is None:
+                    setattr(state, name, mine[2])
+                else:  # what was before this one is what will be behind that one
+                    later[2] = mine[2]
+                del state.inside[n]
 
     def merge_adapter(self, *args, **kwargs):
         """Refused: the routing depends on the input."""

@@ -53,7 +53,8 @@ def train_gates(
             several tasks in one context, where every token's right adapter is that of its own turn. Each step draws
             ``mixed_per_step`` of these.
         output_dir: where the model is saved at the end; an interrupted call with the same arguments goes on from there.
-            If the training fails or is interrupted, the model is what it was.
+            If the training fails or is interrupted, the gates are what they were; what was trained is then kept beside or in
+            ``output_dir`` alone.
 
     Returns:
         One row a step: ``step, loss, lm_loss, gate_loss, gate_accuracy``; ``lm_loss`` is NaN under ``gate``, which has
@@ -84,7 +85,7 @@ def train_gates(
             mixed = stage.mixed_per_step
             runs.append(TrainingRun(model, groups, stage, tokenizer, output_dir, mixed_per_step=mixed, stage=number))
             steps = sum(run.steps for run in runs)
-            if stage is config and steps < FEW_STEPS:
+            if stage is config and steps < FEW_STEPS and runs[-1].accelerator.is_main_process:
                 logger.warning("%d steps are few for gates; set max_steps, to 100, say, or epochs.", steps)
             found = _GateTrainer(model, stage, runs[-1]).train(keep=stage is not config)
             done = len(history)

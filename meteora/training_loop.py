@@ -75,7 +75,8 @@ class TrainingRun:
         if output_dir is not None:
             output_dir = Path(output_dir).expanduser().absolute()  # "." has no name that a file beside it could be called by
             output_dir.parent.mkdir(parents=True, exist_ok=True)
-            self._checkpoint = output_dir.with_name(f".{output_dir.name}.unfinished{stage or ''}.pt")
+            place = output_dir if output_dir.is_dir() else output_dir.parent  # it may be all that may be written to
+            self._checkpoint = place / f".{output_dir.name}.unfinished{stage or ''}.pt"
         self._identity = _identity(config, [groups, held_out or {}], model)
         self._sharded = wants_sharding(self.accelerator)
         if self._sharded:
@@ -180,7 +181,8 @@ class TrainingRun:
         state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         shapes = [[tensor.shape for tensor in tensors] for tensors in (state["parameters"], parameters)]
         if state["identity"] != self._identity or shapes[0] != shapes[1]:
-            logger.warning("%s is of another run (other data, settings or gates), so this one begins anew.", self._checkpoint)
+            if self.accelerator.is_main_process:
+                logger.warning("%s is of another beginning, data or settings, so this run starts anew.", self._checkpoint)
             return 0
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -189,7 +191,8 @@ class TrainingRun:
         for key, tensor in extra.items():
             tensor.copy_(state["extra"][key])
         history.extend(json.loads(state["history"]))
-        logger.info("went on after step %d of an interrupted run (%s)", state["step"], self._checkpoint)
+        if self.accelerator.is_main_process:
+            logger.info("went on after step %d of an interrupted run (%s)", state["step"], self._checkpoint)
         return state["step"]
 
 

@@ -220,7 +220,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(model, base, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(meteora.checkpoint, "save", full)
+    monkeypatch.setattr(meteora.checkpoint, "write_tensors", full)
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from meteora import files
 from meteora.files import atomic_directory
@@ -71,6 +73,25 @@ def test_a_directory_that_stays_may_be_a_mount_point(tmp_path, monkeypatch):
             (new / "file").write_text(content)
             assert names(tmp_path) == ["b"]
         assert names(target) == ["file"] and (target / "file").read_text() == content
+
+
+def test_a_directory_that_is_removed_meanwhile_is_told(tmp_path):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(FileNotFoundError, match="was removed while it was being written to"), atomic_directory(
+        tmp_path / "b", own=("file",)
+    ) as new:
+        (new / "file").write_text("")
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path):
+    before = os.umask(0o022)
+    try:
+        files.write_tensors(tmp_path / "t.safetensors", {"a": torch.arange(3)}, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o644
+    assert load_file(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
 
 
 def test_what_is_not_its_own_stays_where_it_is(tmp_path):

@@ -149,24 +149,31 @@ def test_the_base_model_may_be_a_path(core, model, base, mixed_adapters, tmp_pat
         torch.testing.assert_close(logits(again, core.tokens()), logits(model, core.tokens()))
 
 
-@pytest.mark.parametrize("where", [(meteora.MeteoraLinear, "add_adapter"), (MeteoraModel, "_wrap")])
-def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(core, base, mixed_adapters, monkeypatch, where):
-    model = core.randomize_gates(MeteoraModel.from_adapters(base, {"four": mixed_adapters["four"]}))
+@pytest.mark.parametrize("gates", [None, "arrow"])
+@pytest.mark.parametrize(
+    "where", [(meteora.MeteoraLinear, "add_adapter", 3), (MeteoraModel, "_wrap", 3), (meteora.model, "link_siblings", 1)]
+)
+def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(core, base, mixed_adapters, monkeypatch, where, gates):
+    model = MeteoraModel.from_adapters(base, {"four": mixed_adapters["four"]}, gates=gates)
+    if gates is None:
+        core.randomize_gates(model)
     before, layers = logits(model, core.tokens()), dict(model.layers)
-    real, calls = getattr(*where), []
+    holder, name, nth = where
+    real, calls, untrained = getattr(holder, name), [], set(model.state.untrained)
 
-    def full(self, *args):
-        calls.append(self)
-        if len(calls) == 3:
+    def full(*args):
+        calls.append(args)
+        if len(calls) == nth:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(*where, full)
+    monkeypatch.setattr(holder, name, full)
     with pytest.raises(torch.OutOfMemoryError):
         model.add_adapter("late", mixed_adapters["one"])
     monkeypatch.undo()
     assert torch.equal(logits(model, core.tokens()), before)
-    assert model.adapter_names == ["four"] and model.layers == layers
+    assert model.adapter_names == model.state.adapters == ["four"] and model.layers == layers
+    assert model.state.untrained == untrained
     assert {layer.gate.weight.shape[0] for layer in layers.values()} == {1}
     assert [m for m in model.modules() if isinstance(m, meteora.MeteoraLinear)] == list(layers.values())
     model.add_adapter("late", mixed_adapters["one"])
@@ -186,7 +193,7 @@ def test_contexts_let_one_thread_in_at_a_time(model, core):
     thread.start()
     assert inside.wait(60)
     for context in (lambda: model.route_to("three"), model.disable_adapters, model.trace):
-        with pytest.raises(RuntimeError, match="another thread is inside"), context():
+        with pytest.raises(RuntimeError, match="another thread, .* is inside route_to"), context():
             refused.append(context)
     leave.set()
     thread.join()
@@ -194,6 +201,34 @@ def test_contexts_let_one_thread_in_at_a_time(model, core):
     with model.route_to("three"), model.trace() as trace:
         model(core.tokens())
     assert trace.indices and model.state.forced is None and model.state.trace is None
+
+
+def test_contexts_may_be_left_in_any_order(model):
+    """As those of generators are."""
+    state, before = model.state, model.state.forced
+    first, second, third = model.route_to("one"), model.disable_adapters(), model.route_to("three")
+    for context in (first, second, third):
+        context.__enter__()
+    inner = state.forced
+    first.__exit__(None, None, None)
+    assert state.forced is inner and not state.enabled
+    second.__exit__(None, None, None)
+    assert state.forced is inner and state.enabled
+    third.__exit__(None, None, None)
+    assert state.forced is before and not state.inside
+
+
+def test_a_copy_is_inside_of_no_context(model, core):
+    ids = core.tokens()
+    free = logits(model, ids)
+    with model.route_to("one"), model.route_to("three"):
+        copied = copy.deepcopy(model)
+    assert not copied.state.inside and torch.equal(logits(copied, ids), free)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(copied.route_to("one").__enter__()))
+    thread.start()
+    thread.join()
+    assert found == [None], "another thread may enter it"
 
 
 def test_what_transformers_does_with_adapters_of_peft_is_refused(model, base, core, mixed_adapters):

@@ -259,8 +259,29 @@ def test_few_steps_train_and_are_warned_of(core, make, caplog):
     assert all((gates(model)[name] != gate).any() for name, gate in before.items()), "not at a rate of 0"
     assert "1 steps are few for gates; set max_steps" in caplog.text
     caplog.clear()
+    few = training.FEW_STEPS // 2
+    run(make(), core, max_steps=few, first=GateTrainingConfig(objective="gate", max_steps=few - 1))
+    assert f"{2 * few - 1} steps are few for gates" in caplog.text
+    caplog.clear()
     run(make(), core, max_steps=training.FEW_STEPS)
-    assert "few" not in caplog.text
+    assert "steps are few for gates" not in caplog.text
+
+
+def test_an_output_that_is_there_keeps_the_unfinished_run_inside(core, make, tmp_path, monkeypatch):
+    """It may be a mount point, or all that may be written to."""
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    (tmp_path / "there").mkdir()
+    seen = []
+    real = training_loop.TrainingRun._save
+
+    def save(self, *args):
+        real(self, *args)
+        seen.append([sorted(p.name for p in folder.iterdir()) for folder in (tmp_path, tmp_path / "there")])
+
+    monkeypatch.setattr(training_loop.TrainingRun, "_save", save)
+    run(make(), core, tmp_path / "there")
+    assert seen[-1] == [["there"], [".there.unfinished.pt"]]
+    assert not [p.name for p in (tmp_path / "there").iterdir() if p.name.startswith(".")]
 
 
 def test_a_second_stage_goes_on_with_the_firsts_gates(core, make):

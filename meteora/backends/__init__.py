@@ -79,8 +79,8 @@ def get_mix(backend: str, device_type: str | None = None) -> Mix:
 def get_gated_mix(backend: str, device_type: str | None = None) -> Mix | None:
     """The backend's function that computes gate, top-k and mixture together, or ``None`` if it has none.
 
-    ``gated_mix(y, x, A, B, gate (N, in) float32, column_adapter, top_k, temperature=1.0) -> y + mixture``, in place
-    unless gradients are needed.
+    ``gated_mix(y, x, A, B, gate (N, in) float32, column_adapter, top_k, temperature=1.0, absolute=False, least_share=0.0)
+    -> y + mixture``, in place unless gradients are needed.
     """
     resolved = resolve(backend, device_type or _default_device())
     return triton.gated_mix if resolved == "triton" else None

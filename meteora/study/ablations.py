@@ -25,7 +25,6 @@ from urllib.parse import quote
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data_prep.prepare import MANIFEST, load_split, prepared_tasks
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
@@ -252,7 +251,7 @@ class Ablations:
         facts = {"recipe": recipe, "seconds": f"{seconds:.2f}", "peak_bytes": "" if peak is None else str(peak)}
         gates = {module: layer.gate.weight.detach().cpu().contiguous() for module, layer in model.layers.items()}
         new = path.with_suffix(f".{os.getpid()}.new")  # processes with a share each may be at the same gates
-        save_file(gates, new, metadata=facts)
+        write_tensors(new, gates, facts)
         new.replace(path)
         return _with_first(before, TrainedGates(model.eval(), seconds, peak))
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import cma
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -196,7 +195,7 @@ def _write(total: WeightedSum, weights: Sequence[float], first: str | Path, dire
     for module, scaling in scalings.items():
         A, B = total.factors(weights, module)
         modules[module] = LoraWeights(A, B / scaling, scaling)
-    save_file(peft_tensors(modules), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS_FILE, peft_tensors(modules), {"format": "pt"})
     shutil.copyfile(Path(first) / CONFIG_FILE, directory / CONFIG_FILE)
 
 

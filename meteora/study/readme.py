@@ -89,8 +89,8 @@ def summary_block(results: Path = RESULTS) -> str:
         without = f", and {ranges['eager'][0]} without one{ranges['eager'][1]}" if ranges["eager"] else ""
         if ranges["graph"]:
             parts.append(
-                f"A layer's forward pass with 28 adapters of rank 8, gate included, takes {ranges['graph'][0]} as long as one "
-                f"LoRA's in a CUDA graph{ranges['graph'][1]}{without} ([more](#speed))."
+                f"A layer's forward pass with 28 adapters of rank 8, top-2, gate included, takes {ranges['graph'][0]} as long as "
+                f"one LoRA's in a CUDA graph{ranges['graph'][1]}{without} ([more](#speed))."
             )
     return "\n".join(parts) + "\n" if parts else NO_RESULTS
 
@@ -222,8 +222,8 @@ def _whole_models(rows: pd.DataFrame) -> str:
         f"Random weights of Llama-3-8B's shape, {first['adapters']} adapters of rank {first['rank']} in every linear "
         f"layer, top-{first['top_k']}, {first['dtype']}, on one {first['device']}. Times as multiples of the base "
         "model's, in CUDA graphs; entries with * compare runs without graphs, as the loop cannot be captured. The last two "
-        "columns are without graphs as well, which is what to expect of `model.generate`: Python then starts one kernel after "
-        "the other."
+        "columns are without graphs as well, which is what to expect of `model.generate` with its usual cache: Python then "
+        "starts one kernel after the other."
     )
     twins = times[times["launch"] == "eager"].pivot_table("value", ["mode", "batch", "tokens"], "backend")
     if {"auto", "triton"} <= set(twins):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft import XLoraConfig
 from peft.tuners.xlora.classifier import XLoraClassifier
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from meteora import MeteoraModel, Routing
@@ -171,7 +171,7 @@ def train_xlora(
     with training_passes(xlora, run, "train_xlora", one_pass) as passes:
         history = run.loop(optimizer, parameters, step, name="X-LoRA")
     with atomic_directory(output_dir) as directory:
-        save_file({name: t.contiguous() for name, t in xlora.classifier.state_dict().items()}, directory / WEIGHTS)
+        write_tensors(directory / WEIGHTS, {name: t.contiguous() for name, t in xlora.classifier.state_dict().items()})
         (directory / RECIPE).write_text(json.dumps({"recipe": recipe, "history": history}) + "\n", encoding="utf-8")
     run.forget_checkpoint()
     return history
