@@ -17,7 +17,7 @@ from meteora.batches import Batch, Sample, by_task, encode, micro_batches
 from meteora.checkpoint import ADAPTER_PARTS, check_free_for_adapter, public_name
 from meteora.compiling import compiled_layers, worth_compiling
 from meteora.config import AdapterTrainingConfig, MeteoraConfig
-from meteora.files import atomic_directory
+from meteora.files import atomic_directory, write_tensors
 from meteora.model import MeteoraModel, check_untouched
 from meteora.passes import AdapterInputs, Passes, adapter_inputs, training_passes, weighted_losses
 from meteora.stacks import Stack, stack_weights

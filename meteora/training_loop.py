@@ -75,8 +75,9 @@ class TrainingRun:
         if output_dir is not None:
             output_dir = Path(output_dir).expanduser().absolute()  # "." has no name that a file beside it could be called by
             output_dir.parent.mkdir(parents=True, exist_ok=True)
-            place = output_dir if output_dir.is_dir() else output_dir.parent  # it may be all that may be written to
-            self._checkpoint = place / f".{output_dir.name}.unfinished{stage or ''}.pt"
+            beside = output_dir.with_name(f".{output_dir.name}.unfinished{stage or ''}.pt")
+            # A directory that is there may be all that may be written to.
+            self._checkpoint = output_dir / beside.name if output_dir.is_dir() and not beside.is_file() else beside
         self._identity = _identity(config, [groups, held_out or {}], model)
         self._sharded = wants_sharding(self.accelerator)
         if self._sharded:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -100,3 +103,12 @@ def test_what_was_measured_is_what_is_reckoned(name, least_measured):
 
 def test_a_profile_without_a_shape_is_not_reckoned():
     assert gpu_bytes(load_profile("laptop")) == {}
+
+
+@pytest.mark.parametrize("said", [None, "max_split_size_mb:128"])
+def test_memory_may_grow_in_place_unless_somebody_said_otherwise(said):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_CUDA_ALLOC_CONF"}
+    environment |= {} if said is None else {"PYTORCH_CUDA_ALLOC_CONF": said}
+    code = "import os, meteora.study; print(os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (said or "expandable_segments:True")

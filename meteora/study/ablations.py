@@ -30,6 +30,7 @@ from data_prep.prepare import MANIFEST, load_split, prepared_tasks
 from meteora import GateTrainingConfig, MeteoraConfig, MeteoraModel, train_gates
 from meteora.adapters import file_sha256, load_adapter
 from meteora.checkpoint import GATES_FILE
+from meteora.files import write_tensors
 from meteora.study.artifacts import Workspace, write_json
 from meteora.study.baselines import Method, build_methods, share_weights
 from meteora.study.benchmark_rows import WHERE, where_measured

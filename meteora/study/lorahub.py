@@ -27,7 +27,7 @@ from meteora import MeteoraModel
 from meteora.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraWeights, adapter_directory, load_adapter, peft_tensors
 from meteora.attention import without_masks
 from meteora.batches import collate, encode, response_places
-from meteora.files import atomic_directory
+from meteora.files import atomic_directory, write_tensors
 from meteora.recording import Recordings, can_be_recorded
 from meteora.study.baselines import Method, share_weights
 from meteora.study.measures import Example

@@ -27,7 +27,7 @@ from torch import Tensor
 from meteora import MeteoraModel, Routing
 from meteora.batches import Batch, Sample, by_task, encode
 from meteora.config import TrainingConfig
-from meteora.files import atomic_directory
+from meteora.files import atomic_directory, write_tensors
 from meteora.passes import PassInputs, response_inputs, training_passes, weighted_losses
 from meteora.study.baselines import Method
 from meteora.study.predictions import fingerprint, model_fingerprints
