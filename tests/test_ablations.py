@@ -736,7 +736,7 @@ def test_figures_show_what_the_rows_say(whole):
     assert figures.accuracy_over_adapters(whole).axes[0].get_xlabel() == "adapters in the model"
     assert len(figures.unknown_tasks(whole).axes) == 2
     assert [axes.get_title() for axes in figures.shots_curves(whole).axes] == [
-        "composite-2, numbered", "composite-2, guided",
+        "composite-2, numbered (test split, n = 1)", "composite-2, guided (test split, n = 1)",
     ]  # fmt: skip
     panel = figures.formats_curves(whole).axes[0]
     assert panel.get_title() == "numbered" and panel.get_ylim() == (0, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -299,3 +299,48 @@ def _one_legend(figure: Figure, panels: Sequence[Axes], *, columns: int = 4) -> 
     figure.legend(
         seen.values(), seen.keys(), loc="outside lower center", ncols=min(columns, max(1, len(seen)))
     )  # fmt: skip
+
+
+# Study -> what its figure shows, in words for a page that has nothing else of it, and the figure.
+KNOBS = ("top_k", "temperature", "deciding", "weights", "told", "silent", "modules", "gates", "arrow")
+DRAWN: dict[str, tuple[str, Callable[[pd.DataFrame], Figure]]] = {
+    "top_k": (
+        "One thing is varied, the rest stays. *Gates that decide*: all layers follow those of attention or of "
+        "the MLP. *Weights*: what they add up to, or those of an unsure gate. *Own adapter*: some layers are told "
+        "the task. *Gates without training*: rows are made of the adapters, as in Arrow.",
+        lambda rows: variant_accuracy(rows, KNOBS),
+    ),
+    "adapters": (
+        "The same tasks in models with more and more adapters, whose gates were trained anew.",
+        accuracy_over_adapters,
+    ),
+    "prompts": (
+        "Gates that were trained on few examples of each task.",
+        accuracy_over_prompts,
+    ),
+    "added": (
+        "An adapter that joins trained gates: its row alone is trained, or made of the adapter (*closed form*), "
+        "or all are trained anew.",
+        added_adapter,
+    ),
+    "unknown": (
+        "Tasks for which the model has no adapter. Those named *toy* are not the paper's.",
+        unknown_tasks,
+    ),
+    "shots": (
+        "Solved examples in the prompt: answers attempted (hollow) and correct (filled), with intervals.",
+        shots_curves,
+    ),
+    "formats": (
+        "Adapters, LoRA-B and gates that learned from composites, too: share of correct answers, with intervals.",
+        formats_curves,
+    ),
+    "seeds": (
+        "All was trained again with other seeds.",
+        lambda rows: variant_accuracy(rows, ["seeds"]),
+    ),
+    "scale": (
+        "Time and memory of the whole model on {device}. Adapters beyond those of the tasks are copies with some noise.",
+        speed_curves,
+    ),
+}
