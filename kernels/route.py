@@ -63,10 +63,7 @@ def largest(keys, n, SIZE: tl.constexpr):
 
 @triton.jit
 def unsure(chosen, keys, top, least_share):
-    """Of each row, whether all its keys' exponentials add up to so much that the sum of the ``chosen`` ones is no such share.
-
-    NaN is sure, so that it reaches the output.
-    """
+    """Whether a row's ``chosen`` exponentials are less than ``least_share`` of all together; NaN is not, so that it is seen."""
     return chosen < least_share * tl.sum(tl.exp(keys - top[:, None]), 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from meteora.hub import HUB_ERRORS, absence
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -106,6 +109,12 @@ def list_adapters(adapters: Mapping[str, str | Path] | str | Path) -> dict[str, 
                     f"{path.name!r}; rename one, or move it away."
                 )
             found[name] = str(path)
+        # Such as what a training left in checkpoint-100, beside which nobody put the best.
+        below = (path.parent for path in sorted(folder.glob(f"*/*/{CONFIG_FILE}")))
+        deeper = [str(path.relative_to(folder)) for path in below if path.parent not in folders and path.parent.name[0] != "."]
+        if deeper:
+            names = ", ".join(deeper)
+            logger.warning("%s lies too deep in %s and is left out; give a dict name -> path to use it.", names, folder)
         if not found:
             raise AdapterError(f"{folder} holds no PEFT directory (none of its folders has an {CONFIG_FILE}).")
         return found

@@ -35,7 +35,7 @@ ADAPTER_PARTS = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 FORMAT = 2
 
 
-def find_checkpoint(source: str | Path) -> Path:
+def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """The directory of a checkpoint: ``source`` itself, or the hub repository of that id, downloaded.
 
     Raises:
@@ -46,7 +46,7 @@ def find_checkpoint(source: str | Path) -> Path:
         return directory
     files = [MODEL_FILE, GATES_FILE, *(f"{ADAPTERS_FOLDER}/*/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE))]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=files))
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=files))
     except (*HUB_ERRORS, HFValidationError) as error:
         raise AdapterError(absence(source, error)) from error
 

@@ -92,6 +92,7 @@ class MeteoraModel(nn.Module):
         get_mix(config.backend)
         for adapter in self._adapters:
             _check_fit(base_model, adapter)
+        _warn_of_other_bases(base_model, self._adapters)
         self._was_training = base_model.training
         self._was_trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
         base_model.requires_grad_(False)
@@ -144,17 +145,20 @@ class MeteoraModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, base_model: nn.Module | str | Path, checkpoint: str | Path) -> MeteoraModel:
+    def from_pretrained(
+        cls, base_model: nn.Module | str | Path, checkpoint: str | Path, *, revision: str | None = None
+    ) -> MeteoraModel:
         """Load what :meth:`save_pretrained` wrote, on top of the same base model.
 
         Args:
             checkpoint: the directory, or the hub id of one that :meth:`push_to_hub` uploaded.
+            revision: branch, tag or commit of the checkpoint at the hub; of a directory there is but one.
 
         Raises:
             AdapterError: if the checkpoint is missing or incomplete, its adapters are not those it was saved with, or
                 the base model cannot be had.
         """
-        directory = find_checkpoint(checkpoint)
+        directory = find_checkpoint(checkpoint, revision)
         saved = read_settings(directory)
         adapters = read_adapters(directory, saved)
         gates = read_gates(directory)
@@ -280,6 +284,7 @@ class MeteoraModel(nn.Module):
             raise AdapterError(f"there is an adapter {name!r} already; choose another name.")
         adapter = load_adapter(*next(iter(list_adapters({name: source}).items())))
         _check_fit(self.base_model, adapter)
+        _warn_of_other_bases(self.base_model, [adapter])
         index = len(self._adapters)
         before, state = {module: layer.sizes() for module, layer in self.layers.items()}, self.state
         names, untrained, warned = list(state.adapters), set(state.untrained), state.warned
@@ -663,9 +668,19 @@ def _check_fit(base_model: nn.Module, adapter: Adapter) -> None:
                 f"adapter {adapter.name!r} expects {name!r} to be {actual[0]} -> {actual[1]}, the base model's is "
                 f"{expected[0]} -> {expected[1]}; it was trained for another base model."
             )
+
+
+def _warn_of_other_bases(base_model: nn.Module, adapters: Sequence[Adapter]) -> None:
+    """One warning for all adapters of one other name: a base model that lies in a folder is called by it."""
     base_name = getattr(getattr(base_model, "config", None), "_name_or_path", "") or ""
-    if adapter.base_model is None or Path(adapter.base_model).name != Path(base_name).name:
+    others: dict[str | None, list[str]] = {}
+    for adapter in adapters:
+        if adapter.base_model is None or Path(adapter.base_model).name != Path(base_name).name:
+            others.setdefault(adapter.base_model, []).append(repr(adapter.name))
+    for said, names in others.items():
+        one = len(names) == 1
         logger.warning(
-            "adapter %r says it was trained for %r, the base model is %r; the shapes fit, so it is used.",
-            adapter.name, adapter.base_model, base_name,
+            "%s trained for %r, the base model is %r; the shapes fit, so %s used.",
+            f"adapter {names[0]} says it was" if one else f"{len(names)} adapters say they were", said, base_name,
+            "it is" if one else "they are",
         )  # fmt: skip

@@ -218,6 +218,13 @@ def test_no_adapters_and_no_names_are_refused(given):
         list_adapters(given)
 
 
+def test_what_lies_too_deep_in_a_folder_is_named(mixed_adapters, tmp_path, caplog):
+    for place in ("sql", "sql/checkpoint-5", "deep/checkpoint-5", ".new/checkpoint-5"):
+        shutil.copytree(mixed_adapters["one"], tmp_path / place, dirs_exist_ok=True)
+    assert list(list_adapters(tmp_path)) == ["sql"]
+    assert "deep/checkpoint-5 lies too deep" in caplog.text and "sql/" not in caplog.text and ".new" not in caplog.text
+
+
 def test_a_folder_without_adapters_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="holds no PEFT directory"):
         list_adapters(tmp_path)

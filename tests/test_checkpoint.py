@@ -381,7 +381,8 @@ class FakeHub:
         shutil.copytree(folder_path, self.folder / repo_id)
         return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})
 
-    def download(self, repo_id, allow_patterns):
+    def download(self, repo_id, revision, allow_patterns):
+        self.revision = revision
         here = self.folder / repo_id
         if not here.is_dir():
             raise LocalEntryNotFoundError("offline")
@@ -400,7 +401,8 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(core, model, base, tmp_path
     assert model.push_to_hub("me/mixture", private=True, token="t") == "https://hub/me/mixture/commit/1"
     assert (hub.made, hub.token) == ([("me/mixture", True, True)], "t")
     assert (tmp_path / "me" / "mixture" / "README.md").is_file()
-    again = MeteoraModel.from_pretrained(copy.deepcopy(base), "me/mixture")
+    again = MeteoraModel.from_pretrained(copy.deepcopy(base), "me/mixture", revision="v1")
+    assert hub.revision == "v1"
     assert torch.equal(logits(again, core.tokens()), logits(model, core.tokens()))
     assert not list((tmp_path / "cache").rglob("README.md"))  # only what is read is downloaded
     with pytest.raises(AdapterError, match="no directory me/other, and the hub did not give it .*network"):

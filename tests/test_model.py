@@ -356,6 +356,9 @@ def test_another_base_models_name_only_warns(base, mixed_adapters, tmp_path, cap
         caplog.clear()
         MeteoraModel.from_adapters(copy.deepcopy(base), {"mine": directory})
         assert "'mine' says it was trained for" in caplog.text and "so it is used" in caplog.text
+        caplog.clear()
+        MeteoraModel.from_adapters(copy.deepcopy(base), {str(n): directory for n in range(5)})
+        assert len(caplog.records) == 1 and f"5 adapters say they were trained for {name!r}" in caplog.text
 
 
 def test_train_adds_no_noise(core, tiny_llama, mixed_adapters):
