@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a file of safetensors that whoever may read the files beside it may read.
 
     Those that `safetensors.torch.save_file` writes only their owner can.
     """
-    file.write_bytes(save(dict(tensors), metadata))
+    file.write_bytes(save(tensors, metadata))
 
 
 @contextmanager

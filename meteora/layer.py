@@ -248,8 +248,10 @@ class MeteoraLinear(nn.Module):
                 self.warn_once()
                 gate, owner = self.gate.weight, self.column_adapter
                 packed = self.packed_weights(lora_A, gate, A.dtype)
-                options = {"absolute": state.absolute_logits, "least_share": state.least_share}
-                options |= {"packed": packed, "widest": self.widest}
+                options = {
+                    "absolute": state.absolute_logits, "least_share": state.least_share, "packed": packed,
+                    "widest": self.widest,
+                }  # fmt: skip
                 mixed = gated_mix(flat, tokens, A, B, gate, owner, state.top_k, state.temperature, **options)
             else:
                 routing = self._routing(x, tokens)

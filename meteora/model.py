@@ -132,13 +132,10 @@ class MeteoraModel(nn.Module):
         if gates not in (None, "arrow"):
             raise ValueError(f"unknown gates {gates!r}; choose 'arrow', or None for gates to be trained.")
         config = config or MeteoraConfig()
-        if not isinstance(config, MeteoraConfig):
-            raise ValueError(f"config must be a MeteoraConfig, not a {type(config).__name__}.")
         loaded = [load_adapter(name, source) for name, source in list_adapters(adapters).items()]
-        if gates == "arrow":
-            config = replace(config, absolute_logits=True)
         model = cls(_load_base(base_model), loaded, config)
         if gates == "arrow":
+            model.state.absolute_logits = True
             with model._or_unload():
                 set_prototypes(model.layers.values())
             model.state.untrained.clear()
@@ -286,8 +283,7 @@ class MeteoraModel(nn.Module):
         _check_fit(self.base_model, adapter)
         _warn_of_other_bases(self.base_model, [adapter])
         index = len(self._adapters)
-        before, state = {module: layer.sizes() for module, layer in self.layers.items()}, self.state
-        names, untrained, warned = list(state.adapters), set(state.untrained), state.warned
+        before = {module: layer.sizes() for module, layer in self.layers.items()}
         self._adapters.append(adapter)
         try:
             for module, layer in self.layers.items():
@@ -295,13 +291,8 @@ class MeteoraModel(nn.Module):
             for module in _in_model_order(self.base_model, set(adapter.modules) - set(before)):
                 self._wrap(module, {index: adapter.modules[module]})
             link_siblings(self.layers)
-            self._adapters[index] = _without_weights(adapter)
-            state.adapters = self.adapter_names
-            if state.absolute_logits:
+            if self.state.absolute_logits:
                 set_prototypes(self.layers.values())
-            else:
-                state.untrained.add(name)
-                state.warned = False
         except BaseException:  # out of memory, say: half of the layers with it would be no model at all
             del self._adapters[index:]
             for module in set(self.layers) - set(before):
@@ -309,8 +300,12 @@ class MeteoraModel(nn.Module):
             for module, sizes in before.items():
                 self.layers[module].cut_back(sizes)
             link_siblings(self.layers)
-            state.adapters, state.untrained, state.warned = names, untrained, warned
             raise
+        self._adapters[index] = _without_weights(adapter)
+        self.state.adapters = self.adapter_names
+        if not self.state.absolute_logits:
+            self.state.untrained.add(name)
+            self.state.warned = False
 
     def _put(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")

@@ -231,8 +231,9 @@ def _circumstances(x: Tensor, state: MixtureState) -> tuple:
     """What, besides the weights and which tensor x is, must not have changed when an output is taken."""
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     version = None if x.is_inference() else x._version
-    settings = state.top_k, state.temperature, state.absolute_logits, state.least_share, state.backend
-    return version, stream, *settings
+    return (
+        version, stream, state.top_k, state.temperature, state.absolute_logits, state.least_share, state.backend,
+    )  # fmt: skip
 
 
 def _plain(layer: MeteoraLinear) -> bool:

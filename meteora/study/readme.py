@@ -80,17 +80,18 @@ def summary_block(results: Path = RESULTS) -> str:
         break
     path = results / KERNELS_RUN / "metrics" / "benchmark.csv"
     if path.is_file():
-        ranges = {}
+        found = {}
         for launch in ("graph", "eager"):
             ratios = _layer_ratios(path, launch)
             ratios = ratios[(ratios["rank"] == 8) & (ratios["mode"] == "forward")]["ratio"].dropna()
-            found = f"{ratios.min():.1f} to {ratios.max():.1f} times", f" ({len(ratios)} settings)"
-            ranges[launch] = found if len(ratios) else None
-        without = f", and {ranges['eager'][0]} without one{ranges['eager'][1]}" if ranges["eager"] else ""
-        if ranges["graph"]:
+            if len(ratios):
+                found[launch] = f"{ratios.min():.1f} to {ratios.max():.1f} times", f"({len(ratios)} settings)"
+        if "graph" in found:
+            times, settings = found["graph"]
+            without = ", and {} without one {}".format(*found["eager"]) if "eager" in found else ""
             parts.append(
-                f"A layer's forward pass with 28 adapters of rank 8, top-2, gate included, takes {ranges['graph'][0]} as long as "
-                f"one LoRA's in a CUDA graph{ranges['graph'][1]}{without} ([more](#speed))."
+                f"A layer's forward pass with 28 adapters of rank 8, top-2, gate included, takes {times} as long as one LoRA's "
+                f"in a CUDA graph {settings}{without} ([more](#speed))."
             )
     return "\n".join(parts) + "\n" if parts else NO_RESULTS
 
